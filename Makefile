@@ -1,0 +1,69 @@
+# make quickstart   train a small CLIP on real scans and evaluate it (2 cores, a few minutes, everything included)
+# make test         what every change must pass, 15 minutes at most on 2 cores
+# make test-full    everything, the full-size and long cases too
+# make test-latest  all that needs no PyTorch, on the newest JAX (needs a Python of 3.12 or later)
+# make lint         ruff
+# Each sets up what it needs, in folders that begin with .venv.
+
+SHELL := /bin/bash
+PYTHON ?= python3
+PYTHON_LATEST ?= $(shell for v in 3.14 3.13 3.12; do python$$v --version >/dev/null 2>&1 && { command -v python$$v; exit; }; \
+  ls -d $${PYENV_ROOT:-$$HOME/.pyenv}/versions/$$v*/bin/python 2>/dev/null && exit; done | head -n 1)
+
+VENV := .venv
+VENV_TEST := .venv-test
+VENV_LATEST := .venv-latest
+WORKDIR ?= runs/quickstart
+DATASET := tfds:captioned_digits:test
+
+# The PyTorch references, for tests only. torch: exactly this one (PyPI's newest brings gigabytes of CUDA); the others
+# without their dependencies, since torchvision has no CPU build and is only needed for transforms on PIL images.
+# clip-anytorch is OpenAI's code; it wants pkg_resources, which setuptools dropped in version 81.
+ORACLES := "torch==2.13.0" "setuptools<81" regex tqdm packaging
+ORACLES_NO_DEPS := "torchvision==0.28.0" clip-anytorch
+
+.PHONY: quickstart test test-full test-latest lint clean
+
+quickstart: $(VENV)/.ready
+	$(VENV)/bin/python train.py --config=configs/quickstart.py --workdir=$(WORKDIR)
+	$(VENV)/bin/python eval.py --model=$(WORKDIR) --task=zeroshot_classification --dataset=$(DATASET)
+	@echo "The picture to look at: $$(ls $(WORKDIR)/eval/*/*_matches.png | tail -n 1)"
+
+test: $(VENV_TEST)/.ready
+	$(VENV_TEST)/bin/python -m pytest -m "not full"
+
+test-full: $(VENV_TEST)/.ready
+	$(VENV_TEST)/bin/python -m pytest
+
+ifeq ($(PYTHON_LATEST),)
+test-latest:
+	@echo "make test-latest: no Python 3.12 or later found; set PYTHON_LATEST=/path/to/python3.13 to run it"
+else
+test-latest: $(VENV_LATEST)/.ready
+	$(VENV_LATEST)/bin/python -m pytest -m "not full"
+endif
+
+lint: $(VENV_TEST)/.ready
+	$(VENV_TEST)/bin/python -m ruff check .
+	$(VENV_TEST)/bin/python -m ruff format --check .
+
+$(VENV)/.ready: setup.cfg
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
+
+$(VENV_TEST)/.ready: setup.cfg Makefile
+	$(PYTHON) -m venv $(VENV_TEST)
+	$(VENV_TEST)/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[test]"
+	$(VENV_TEST)/bin/python -m pip install --quiet --disable-pip-version-check $(ORACLES) || \
+	  echo "PyTorch 2.13.0 is not to be had for $$($(PYTHON) --version): the tests that compare with it will be skipped"
+	$(VENV_TEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(ORACLES_NO_DEPS) || true
+	@touch $@
+
+$(VENV_LATEST)/.ready: setup.cfg
+	$(PYTHON_LATEST) -m venv $(VENV_LATEST)
+	$(VENV_LATEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --editable ".[test]"
+	@touch $@
+
+clean:
+	rm -rf .venv $(VENV_TEST) $(VENV_LATEST) runs

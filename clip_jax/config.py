@@ -1,0 +1,185 @@
+"""The dataclasses of a whole run, and their validation: one owner per knob, no hidden defaults.
+
+`configs/*.py` return a `Config`; flags change its fields (`--config.optim.learning_rate=1e-3`) by setting attributes,
+which goes past `__post_init__`. So `build` makes the whole tree anew once parsing is over, and every rule holds then.
+The same function reads the `config.json` of a workdir.
+"""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+from clip_jax.errors import UserError, nearest
+
+COMPUTE_DTYPES = ("float32", "bfloat16", "float16", "float64")
+REMAT_POLICIES = ("none", "full", "dots")
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise UserError(message)
+
+
+@dataclasses.dataclass
+class ModelConfig:
+    """Which architecture, and how it is computed."""
+
+    variant: str = "ViT-B/32"  # a name in clip_jax/models/variants.py
+    image_size: int | None = None  # None: the variant's own
+    context_length: int | None = None  # None: the variant's own
+    compute_dtype: str = "float32"  # parameters are float32 whatever this says
+    remat: str = "none"  # what the backward pass computes again: nothing (none), all but products (dots), all (full)
+
+    def __post_init__(self):
+        for name, known in (("compute_dtype", COMPUTE_DTYPES), ("remat", REMAT_POLICIES)):
+            value = getattr(self, name)
+            _require(value in known, f"model.{name}={value!r} is not one of {', '.join(known)}")
+
+
+@dataclasses.dataclass
+class DataConfig:
+    """Where pairs come from, and what is done to them on the host."""
+
+    train: str = "tfds:captioned_digits:train"  # tfds:NAME[:SPLIT]
+    data_dir: str | None = None  # where TFDS keeps its data sets; None: TFDS's own choice (~/tensorflow_datasets)
+    global_batch: int = 256  # pairs a step, over all devices of all hosts
+    crop_scale: tuple[float, float] = (0.9, 1.0)  # share of the image's area that a random crop keeps; (1, 1): no crop
+    num_threads: int = 2  # that read and decode, on each host
+    num_workers: int = 0  # processes beside the training process, on each host
+
+    def __post_init__(self):
+        _require(self.global_batch > 0, f"{self.global_batch=} must be at least 1")
+        low, high = self.crop_scale
+        _require(0 < low <= high <= 1, f"{self.crop_scale=} must be two shares, 0 < low <= high <= 1")
+        _require(self.num_threads > 0, f"{self.num_threads=} must be at least 1")
+        _require(self.num_workers >= 0, f"{self.num_workers=} must not be negative")
+
+
+@dataclasses.dataclass
+class OptimConfig:
+    """AdamW with linear warm-up and cosine decay to zero; the defaults are the CLIP paper's for a ViT (table 19)."""
+
+    learning_rate: float = 5e-4  # at the end of the warm-up
+    warmup_steps: int = 2000
+    weight_decay: float = 0.2  # decoupled; kernels and embeddings only
+    b1: float = 0.9
+    b2: float = 0.98
+    eps: float = 1e-6
+    clip_norm: float | None = None  # of the global gradient; None: not clipped
+
+    def __post_init__(self):
+        _require(self.learning_rate > 0, f"{self.learning_rate=} must be positive")
+        _require(self.warmup_steps >= 0, f"{self.warmup_steps=} must not be negative")
+        _require(self.weight_decay >= 0, f"{self.weight_decay=} must not be negative")
+        _require(0 <= self.b1 < 1 and 0 <= self.b2 < 1, f"{self.b1=} and {self.b2=} must be in [0, 1)")
+        _require(self.clip_norm is None or self.clip_norm > 0, f"{self.clip_norm=} must be positive, or None")
+
+
+@dataclasses.dataclass
+class MeshConfig:
+    """How many devices each mesh axis has; at most one may be -1: all that are left."""
+
+    data: int = -1  # replicas of the parameters
+    fsdp: int = 1  # parameters and batch are split
+    tensor: int = 1  # heads and MLP are split
+
+    def __post_init__(self):
+        sizes = (self.data, self.fsdp, self.tensor)
+        _require(all(s == -1 or s > 0 for s in sizes), f"mesh sizes {sizes} must be positive, or -1 for what is left")
+        _require(sizes.count(-1) <= 1, f"only one of the mesh sizes (data, fsdp, tensor) = {sizes} may be -1")
+
+
+@dataclasses.dataclass
+class Config:
+    """A whole run."""
+
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    seed: int = 0  # of the parameters, the order of the data and its augmentation
+    total_steps: int = 1000
+    log_every: int = 10  # steps
+    checkpoint_every: int = 1000  # steps; the last step is always kept
+    keep_checkpoints: int = 2  # the latest n stay
+
+    def __post_init__(self):
+        for name in ("total_steps", "log_every", "checkpoint_every", "keep_checkpoints"):
+            _require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be at least 1")
+        _require(
+            self.optim.warmup_steps < self.total_steps,
+            f"optim.warmup_steps={self.optim.warmup_steps} leaves nothing of total_steps={self.total_steps}; "
+            "shorten the warm-up or lengthen the run",
+        )
+
+
+# What may differ when a run is resumed: nothing here changes what is computed, only where, and what is said of it.
+FREE_ON_RESUME = (
+    "mesh",
+    "log_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "data.data_dir",
+    "data.num_threads",
+    "data.num_workers",
+    "model.remat",
+)
+
+
+def build(cls: type, values: dict[str, Any], at: str = ""):
+    """Returns the dataclass `cls` made of nested plain values, types and rules checked.
+
+    Raises:
+        UserError: an unknown or missing field, a value of the wrong type, or a rule of `cls` that does not hold.
+    """
+    hints = typing.get_type_hints(cls)
+    for name in values:
+        if name not in hints:
+            raise UserError(f"unknown field {at + name!r}{nearest(at + name, [at + h for h in hints])}")
+    if missing := [at + name for name in hints if name not in values]:
+        raise UserError(f"missing fields: {', '.join(missing)}")
+    return cls(**{name: _convert(values[name], hint, at + name) for name, hint in hints.items()})
+
+
+def _convert(value: Any, hint: Any, at: str) -> Any:
+    """Returns `value` as the type `hint`; what JSON and flags blur (1 for 1.0, a list for a tuple) is put right."""
+    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        return build(hint, value, at + ".")
+    if isinstance(hint, types.UnionType):  # `X | None` is the only union in use
+        return None if value is None else _convert(value, typing.get_args(hint)[0], at)
+    if typing.get_origin(hint) is tuple and isinstance(value, tuple | list):
+        kinds = typing.get_args(hint)
+        if len(kinds) == len(value):
+            return tuple(_convert(v, kind, f"{at}[{i}]") for i, (v, kind) in enumerate(zip(value, kinds, strict=True)))
+    elif hint is float and type(value) in (int, float):
+        return float(value)
+    elif type(value) is hint:
+        return value
+    raise UserError(f"{at}={value!r} should be {type_name(hint)}")
+
+
+def type_name(hint: Any) -> str:
+    """Returns a type as it is written in the source: "int | None", "tuple[float, float]"."""
+    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
+
+
+def leaves(config: Any, at: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yields (dotted path, type, value) for every field that is not itself a dataclass."""
+    for name, hint in typing.get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if dataclasses.is_dataclass(value):
+            yield from leaves(value, f"{at}{name}.")
+        else:
+            yield at + name, hint, value
+
+
+def differences(was: Config, now: Config) -> list[str]:
+    """Returns "path: old -> new" for every field that a resumed run may not change, and which did."""
+    new = {path: value for path, _, value in leaves(now)}
+    return [
+        f"{path}: {old!r} -> {new[path]!r}"
+        for path, _, old in leaves(was)
+        if old != new[path] and not any(path == free or path.startswith(free + ".") for free in FREE_ON_RESUME)
+    ]

@@ -1,0 +1,117 @@
+"""Data sets as random access to encoded records: `source[i]` is the bytes of an image, its captions and its label.
+
+A spec names one: `tfds:NAME[:SPLIT]`. Everything downstream sees only `Source`.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from clip_jax.data.embedded import EMBEDDED, register
+from clip_jax.errors import UserError, nearest
+
+
+class Record(NamedTuple):
+    """One example as it is stored."""
+
+    image: bytes  # an encoded file: PNG, JPEG, …
+    captions: tuple[str, ...]
+    label: int | None
+
+
+class Source(Protocol):
+    """Random access to records, picklable, so that worker processes can open their own."""
+
+    name: str  # without the kind: "captioned_digits"
+    split: str
+    classnames: tuple[str, ...]  # by label; empty where records have none
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Record: ...
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Returns what must be equal for a run to go on with the same data: plain JSON values."""
+        ...
+
+
+def open_source(spec: str, *, data_dir: str | None = None, default_split: str = "train") -> Source:
+    """Returns the data set that a spec names; an embedded one is made on first use.
+
+    Raises:
+        UserError: the spec is malformed, or no such data set or split exists; the message lists those that do.
+    """
+    kind, _, rest = spec.partition(":")
+    if kind != "tfds" or not rest:
+        raise UserError(f"{spec!r} is not a data set; write tfds:NAME[:SPLIT], such as tfds:captioned_digits:test")
+    name, _, split = rest.partition(":")
+    return TfdsSource(name, split or default_split, data_dir)
+
+
+class TfdsSource:
+    """A TFDS data set prepared as ArrayRecord, read without TensorFlow; images stay encoded."""
+
+    def __init__(self, name: str, split: str, data_dir: str | None = None):
+        import tensorflow_datasets as tfds
+
+        builder = _builder(name, data_dir)
+        if split not in builder.info.splits:
+            raise UserError(f"data set {name!r} has no split {split!r}{nearest(split, builder.info.splits)}")
+        self.name, self.split = name, split
+        self._check_features(builder.info.features)
+        features = builder.info.features
+        self.classnames = tuple(features["label"].names) if "label" in features else ()
+        self._version = str(builder.info.version)
+        self._shard_lengths = [int(n) for n in builder.info.splits[split].shard_lengths]
+        self._records: Sequence[dict] = builder.as_data_source(
+            split=split, decoders={"image": tfds.decode.SkipDecoding()}
+        )
+
+    def _check_features(self, features) -> None:
+        if missing := [key for key in ("image", "captions") if key not in features]:
+            raise UserError(f"{self.name!r} has no feature {' and no '.join(missing)}; it has: {', '.join(features)}")
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Record:
+        record = self._records[index]
+        captions = tuple(bytes(caption).decode() for caption in np.atleast_1d(record["captions"]))
+        label = record.get("label")
+        return Record(record["image"], captions, None if label is None else int(label))
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {
+            "source": f"tfds:{self.name}:{self.split}",
+            "version": self._version,
+            "shard_lengths": self._shard_lengths,
+        }
+
+
+def _builder(name: str, data_dir: str | None):
+    """Returns the builder of a data set that is ready to be read; makes an embedded one."""
+    import tensorflow_datasets as tfds
+
+    if name in EMBEDDED:
+        register(name)
+        try:
+            builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+            builder.download_and_prepare()
+        except OSError as error:
+            raise UserError(f"cannot make data set {name!r}: {error}; choose another data_dir") from error
+        return builder
+    try:
+        return tfds.builder(name, data_dir=data_dir, try_gcs=False)
+    except tfds.core.registered.DatasetNotFoundError:
+        known = [*EMBEDDED, *prepared(data_dir)]
+        raise UserError(f"no data set {name!r}{nearest(name, known)}") from None
+
+
+def prepared(data_dir: str | None) -> list[str]:
+    """Returns the names of the data sets that lie ready in TFDS's folder."""
+    import tensorflow_datasets as tfds
+
+    folder = Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
+    return sorted({info.parents[1].name for info in folder.glob("*/*/dataset_info.json")}) if folder.is_dir() else []

@@ -1,0 +1,15 @@
+"""The one exception that says "you can mend this": what a script prints as one line, exiting with 2."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """A mistake of the user's; the message names the value, the rule and the next move."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Returns "; did you mean X?" for the closest known word, or the list of all when none is close."""
+    known = sorted(known)
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; there are: {', '.join(known)}"

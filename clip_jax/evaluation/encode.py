@@ -1,0 +1,65 @@
+"""A data set through a model: every image once, in order, in batches of one shape."""
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import rich.console
+import rich.progress
+
+from clip_jax.data.pipeline import evaluation_batches
+from clip_jax.data.sources import Record, Source
+from clip_jax.models.clip import l2_normalise, normalise_pixels
+from clip_jax.models.variants import Architecture
+from clip_jax.typing import Float, Int
+
+BATCH = 256  # images or texts a call: one compiled shape
+
+
+class Encoder(Protocol):
+    """What evaluation asks of a model; `clip_jax.load` returns one."""
+
+    architecture: Architecture
+    name: str
+    pretrained: str
+
+    def encode_image(self, image_BHWC: jax.Array) -> jax.Array: ...
+
+    def encode_text(self, tokens_BL: np.ndarray) -> jax.Array: ...
+
+    def tokenize(self, texts: Sequence[str], truncate: bool = False) -> Int[np.ndarray, "B L"]: ...
+
+
+class Encoded(NamedTuple):
+    """A data set's images as the model sees them, and their records."""
+
+    img_BE: Float[np.ndarray, "B E"]  # L2-normalised
+    records: list[Record]
+
+
+def encode_images(model: Encoder, source: Source) -> Encoded:
+    """Returns the L2-normalised embedding of every image, in the order of the source."""
+    arch = model.architecture
+    features, records = [], []
+    batches = evaluation_batches(source, image_size=arch.image.image_size, batch=BATCH)
+    console = rich.console.Console(stderr=True)
+    total = -(-len(source) // BATCH)
+    for images, part in rich.progress.track(
+        batches, f"{source.name}:{source.split}", total=total, console=console, disable=not console.is_terminal
+    ):
+        embeddings = l2_normalise(model.encode_image(normalise_pixels(images, arch.preprocess)))
+        features.append(np.asarray(embeddings)[: len(part)])
+        records += part
+    return Encoded(np.concatenate(features), records)
+
+
+def encode_texts(model: Encoder, texts: Sequence[str]) -> Float[np.ndarray, "B E"]:
+    """Returns the L2-normalised embedding of every text; one that is too long is truncated, as in training."""
+    features = []
+    for start in range(0, len(texts), BATCH):
+        tokens = model.tokenize(texts[start : start + BATCH], truncate=True)
+        padded = np.pad(tokens, ((0, BATCH - len(tokens)), (0, 0)))
+        features.append(np.asarray(l2_normalise(model.encode_text(jnp.asarray(padded))))[: len(tokens)])
+    return np.concatenate(features)

@@ -1,0 +1,103 @@
+"""CLIP (arXiv 2103.00020): two towers, one space, one temperature.
+
+Three facts live here and nowhere else: pixels are normalised, embeddings are L2-normalised, and `logit_scale` is stored
+as a logarithm and kept at or below ln 100.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from clip_jax.models.text import TextTransformer
+from clip_jax.models.variants import Architecture, Preprocess
+from clip_jax.models.vit import ViT
+from clip_jax.typing import Float, Int, UInt8
+
+LOGIT_SCALE_INIT = math.log(1 / 0.07)
+LOGIT_SCALE_MAX = math.log(100)
+
+Params = dict  # nested dicts of arrays; the keys are the modules' attribute names
+
+
+class CLIP(nnx.Module):
+    """An image tower and a text tower that meet in `embed_dim` dimensions."""
+
+    def __init__(self, architecture: Architecture, *, dtype: str = "float32", remat: str = "none", key: jax.Array):
+        image, text = jax.random.split(key)
+        self.image = ViT(architecture.image, architecture.embed_dim, dtype=dtype, remat=remat, key=image)
+        self.text = TextTransformer(architecture.text, architecture.embed_dim, dtype=dtype, remat=remat, key=text)
+        self.logit_scale = nnx.Param(jnp.float32(LOGIT_SCALE_INIT))
+
+    def encode_image(self, image_BHWC: Float[jax.Array, "B H W C"]) -> Float[jax.Array, "B E"]:
+        """Returns image embeddings, not L2-normalised, in the compute dtype."""
+        return self.image(image_BHWC)
+
+    def encode_text(self, tokens_BL: Int[jax.Array, "B L"]) -> Float[jax.Array, "B E"]:
+        """Returns text embeddings, not L2-normalised, in the compute dtype."""
+        return self.text(tokens_BL)
+
+    def scale(self) -> Float[jax.Array, ""]:
+        """Returns what cosine similarities are multiplied by: 1/temperature."""
+        return jnp.exp(self.logit_scale[...])
+
+    def __call__(
+        self, image_BHWC: Float[jax.Array, "B H W C"], tokens_AL: Int[jax.Array, "A L"]
+    ) -> tuple[Float[jax.Array, "B A"], Float[jax.Array, "A B"]]:
+        """Returns (logits_per_image, logits_per_text): scaled cosine similarities, float32 or wider."""
+        return self.logits(self.encode_image(image_BHWC), self.encode_text(tokens_AL))
+
+    def logits(
+        self, img_BE: Float[jax.Array, "B E"], txt_AE: Float[jax.Array, "A E"]
+    ) -> tuple[Float[jax.Array, "B A"], Float[jax.Array, "A B"]]:
+        """Returns (logits_per_image, logits_per_text) of embeddings that are not normalised yet."""
+        logits_BA = self.scale() * l2_normalise(img_BE) @ l2_normalise(txt_AE).T
+        return logits_BA, logits_BA.T
+
+
+@dataclasses.dataclass(frozen=True)
+class Definition:
+    """A CLIP without its parameters, which travel apart as plain nested dicts: cheap to pass through `jax.jit`."""
+
+    architecture: Architecture
+    dtype: str = "float32"
+    remat: str = "none"
+
+    def init(self, key: jax.Array) -> Params:
+        """Returns parameters as OpenAI initialises them."""
+        return nnx.to_pure_dict(nnx.state(self._build(key)))
+
+    def shapes(self) -> Params:
+        """Returns the parameters' shapes and dtypes, computing nothing."""
+        return jax.eval_shape(self.init, jax.random.key(0))
+
+    def bind(self, params: Params) -> CLIP:
+        """Returns the model that has these parameters."""
+        graph = nnx.graphdef(jax.eval_shape(self._build, jax.random.key(0)))
+        return nnx.merge(graph, params)
+
+    def _build(self, key: jax.Array) -> CLIP:
+        return CLIP(self.architecture, dtype=self.dtype, remat=self.remat, key=key)
+
+
+def l2_normalise(x_BE: Float[jax.Array, "B E"]) -> Float[jax.Array, "B E"]:
+    """Returns rows of length one, float32 or wider."""
+    x_BE = x_BE.astype(jnp.promote_types(x_BE.dtype, jnp.float32))
+    return x_BE / jnp.linalg.norm(x_BE, axis=-1, keepdims=True)
+
+
+def normalise_pixels(image_BHWC: UInt8[jax.Array, "B H W C"], preprocess: Preprocess) -> Float[jax.Array, "B H W C"]:
+    """Returns float32 pixels with the mean and deviation that the tower expects."""
+    mean, std = jnp.float32(preprocess.mean), jnp.float32(preprocess.std)
+    return (image_BHWC.astype(jnp.float32) / 255 - mean) / std
+
+
+def constrain(params: Params) -> Params:
+    """Returns parameters whose `logit_scale` is at most ln 100, as in the paper (section 2.5).
+
+    Applied to the stored value after each update, not inside the forward pass: a clipped forward has no gradient beyond
+    the limit, and a parameter that momentum carried there would never come back.
+    """
+    return params | {"logit_scale": jnp.minimum(params["logit_scale"], LOGIT_SCALE_MAX)}

@@ -1,0 +1,88 @@
+"""The parts of a Transformer block: layer norm, attention, MLP. Parameters are float32; products run in `dtype`.
+
+Modules are plain NNX pytrees. Their attribute names are the parameter paths of every checkpoint, so they last for ever.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from clip_jax.typing import Float
+
+
+def normal(key: jax.Array, shape: tuple[int, ...], std: float) -> nnx.Param:
+    """Returns a float32 parameter drawn from N(0, std²)."""
+    return nnx.Param(std * jax.random.normal(key, shape, jnp.float32))
+
+
+def uniform(key: jax.Array, shape: tuple[int, ...], bound: float) -> nnx.Param:
+    """Returns a float32 parameter drawn from U(-bound, bound)."""
+    return nnx.Param(jax.random.uniform(key, shape, jnp.float32, -bound, bound))
+
+
+def zeros(shape: tuple[int, ...]) -> nnx.Param:
+    """Returns a float32 parameter of zeros."""
+    return nnx.Param(jnp.zeros(shape, jnp.float32))
+
+
+def quick_gelu(x: Float[jax.Array, "..."]) -> Float[jax.Array, "..."]:
+    """Returns x·σ(1.702x), the GELU approximation that OpenAI's weights were trained with."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+class LayerNorm(nnx.Module):
+    """Normalises the last dimension, in float32 or wider whatever comes in (arXiv 1607.06450)."""
+
+    def __init__(self, width: int, *, eps: float = 1e-5):
+        self.scale = nnx.Param(jnp.ones(width, jnp.float32))
+        self.bias = zeros((width,))
+        self.eps = eps
+
+    def __call__(self, x: Float[jax.Array, "... D"]) -> Float[jax.Array, "... D"]:
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        centred = wide - wide.mean(-1, keepdims=True)
+        variance = jnp.square(centred).mean(-1, keepdims=True)
+        normalised = centred * jax.lax.rsqrt(variance + self.eps)
+        return (normalised * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
+class Projection(nnx.Module):
+    """A kernel and a bias; the caller's einsum says which dimensions meet."""
+
+    def __init__(self, kernel: nnx.Param, bias: nnx.Param):
+        self.kernel = kernel
+        self.bias = bias
+
+    def __call__(self, equation: str, x: Float[jax.Array, "..."]) -> Float[jax.Array, "..."]:
+        """Returns the product plus the bias, whose dimensions are the last of the result."""
+        return jnp.einsum(equation, x, self.kernel[...].astype(x.dtype)) + self.bias[...].astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Multi-head self-attention, causal or not; queries, keys and values come from one product (T counts the three)."""
+
+    def __init__(self, *, qkv: Projection, out: Projection, causal: bool):
+        self.qkv = qkv  # kernel [D, T, N, K]
+        self.out = out  # kernel [N, K, D]
+        self.causal = causal
+
+    def __call__(self, x_BLD: Float[jax.Array, "B L D"]) -> Float[jax.Array, "B L D"]:
+        q_BLNK, k_BMNK, v_BMNK = jnp.unstack(self.qkv("BLD,DTNK->BLTNK", x_BLD), axis=2)
+        scores_BNLM = jnp.einsum("BLNK,BMNK->BNLM", q_BLNK * q_BLNK.shape[-1] ** -0.5, k_BMNK)
+        scores_BNLM = scores_BNLM.astype(jnp.promote_types(scores_BNLM.dtype, jnp.float32))
+        if self.causal:
+            scores_BNLM = jnp.where(jnp.tri(x_BLD.shape[1], dtype=bool), scores_BNLM, -jnp.inf)
+        weights_BNLM = jax.nn.softmax(scores_BNLM).astype(x_BLD.dtype)
+        mixed_BLNK = jnp.einsum("BNLM,BMNK->BLNK", weights_BNLM, v_BMNK)
+        return self.out("BLNK,NKD->BLD", mixed_BLNK)
+
+
+class MLP(nnx.Module):
+    """Two projections with a QuickGELU between them."""
+
+    def __init__(self, *, up: Projection, down: Projection):
+        self.up = up  # kernel [D, F]
+        self.down = down  # kernel [F, D]
+
+    def __call__(self, x_BLD: Float[jax.Array, "B L D"]) -> Float[jax.Array, "B L D"]:
+        return self.down("BLF,FD->BLD", quick_gelu(self.up("BLD,DF->BLF", x_BLD)))

@@ -1,0 +1,41 @@
+"""The text tower: a causal Transformer whose state at the EOT is the caption's embedding."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from clip_jax.models import transformer
+from clip_jax.models.layers import LayerNorm, normal
+from clip_jax.models.variants import TextTower
+from clip_jax.typing import Float, Int
+
+
+class TextTransformer(nnx.Module):
+    """Token and position embeddings through causal blocks; the EOT's state, projected, is the embedding."""
+
+    def __init__(self, tower: TextTower, embed_dim: int, *, dtype: str, remat: str, key: jax.Array):
+        width, depth = tower.width, tower.depth
+        tokens, positions, blocks, projection = jax.random.split(key, 4)
+        self.token_embedding = normal(tokens, (tower.vocab_size, width), 0.02)
+        self.positional_embedding = normal(positions, (tower.context_length, width), 0.01)
+        self.blocks = transformer.stack(
+            lambda k: transformer.text_block(k, width, tower.num_heads, tower.mlp_dim, depth=depth), blocks, depth
+        )
+        self.post_norm = LayerNorm(width)
+        self.projection = normal(projection, (width, embed_dim), width**-0.5)
+        self.dtype = dtype
+        self.remat = remat
+
+    def __call__(self, tokens_BL: Int[jax.Array, "B L"]) -> Float[jax.Array, "B E"]:
+        """Returns embeddings, not normalised.
+
+        The EOT has the largest id, so `argmax` finds the first of them. Behind the causal mask nothing after it can be
+        seen: a batch may be cut to its longest caption, and the result is the same.
+        """
+        length = tokens_BL.shape[1]
+        x_BLD = self.token_embedding[...].astype(self.dtype)[tokens_BL]
+        x_BLD = x_BLD + self.positional_embedding[...].astype(self.dtype)[:length]
+        x_BLD = transformer.run(self.blocks, x_BLD, remat=self.remat)
+        eot_B = tokens_BL.argmax(-1)
+        x_BD = jnp.take_along_axis(x_BLD, eot_B[:, None, None], axis=1)[:, 0]
+        return self.post_norm(x_BD) @ self.projection[...].astype(self.dtype)

@@ -1,0 +1,84 @@
+"""A stack of pre-norm residual blocks: one block is compiled and scanned over its stacked parameters."""
+
+import jax
+from flax import nnx
+
+from clip_jax.models.layers import MLP, Attention, LayerNorm, Projection, normal, uniform, zeros
+from clip_jax.typing import Float
+
+# What the backward pass finds in memory, by the config's word; the rest is computed again.
+REMAT = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class Block(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, width: int, *, attention: Attention, mlp: MLP):
+        self.attention_norm = LayerNorm(width)
+        self.attention = attention
+        self.mlp_norm = LayerNorm(width)
+        self.mlp = mlp
+
+    def __call__(self, x_BLD: Float[jax.Array, "B L D"]) -> Float[jax.Array, "B L D"]:
+        x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD))
+        return x_BLD + self.mlp(self.mlp_norm(x_BLD))
+
+
+def image_block(key: jax.Array, width: int, num_heads: int, mlp_dim: int) -> Block:
+    """Returns a block initialised by PyTorch's defaults, which is what OpenAI's image Transformer starts from."""
+    qkv, up, up_bias, out, down, down_bias = jax.random.split(key, 6)
+    heads = (num_heads, width // num_heads)
+    xavier = (6 / (width + 3 * width)) ** 0.5  # PyTorch draws queries, keys and values as one matrix
+    return Block(
+        width,
+        attention=Attention(
+            qkv=Projection(uniform(qkv, (width, 3, *heads), xavier), zeros((3, *heads))),
+            out=Projection(uniform(out, (*heads, width), width**-0.5), zeros((width,))),
+            causal=False,
+        ),
+        mlp=MLP(
+            up=Projection(uniform(up, (width, mlp_dim), width**-0.5), uniform(up_bias, (mlp_dim,), width**-0.5)),
+            down=Projection(
+                uniform(down, (mlp_dim, width), mlp_dim**-0.5), uniform(down_bias, (width,), mlp_dim**-0.5)
+            ),
+        ),
+    )
+
+
+def text_block(key: jax.Array, width: int, num_heads: int, mlp_dim: int, *, depth: int) -> Block:
+    """Returns a causal block initialised as OpenAI's: what goes into the residual shrinks with the depth."""
+    qkv, up, up_bias, out, down, down_bias = jax.random.split(key, 6)
+    heads = (num_heads, width // num_heads)
+    residual = width**-0.5 * (2 * depth) ** -0.5
+    return Block(
+        width,
+        attention=Attention(
+            qkv=Projection(normal(qkv, (width, 3, *heads), width**-0.5), zeros((3, *heads))),
+            out=Projection(normal(out, (*heads, width), residual), zeros((width,))),
+            causal=True,
+        ),
+        mlp=MLP(
+            up=Projection(normal(up, (width, mlp_dim), (2 * width) ** -0.5), uniform(up_bias, (mlp_dim,), width**-0.5)),
+            down=Projection(normal(down, (mlp_dim, width), residual), uniform(down_bias, (width,), mlp_dim**-0.5)),
+        ),
+    )
+
+
+def stack(block, key: jax.Array, depth: int) -> Block:
+    """Returns `depth` blocks, each of its own key, as one `Block` whose parameters have a leading dimension `depth`."""
+    return jax.vmap(block)(jax.random.split(key, depth))
+
+
+def run(blocks: Block, x_BLD: Float[jax.Array, "B L D"], *, remat: str) -> Float[jax.Array, "B L D"]:
+    """Returns what the stacked blocks, one after the other, make of `x_BLD`."""
+
+    def apply(x_BLD, block):
+        return block(x_BLD), None
+
+    if REMAT[remat] is not None:
+        apply = jax.checkpoint(apply, policy=REMAT[remat], prevent_cse=False)  # a scan keeps the two passes apart
+    return jax.lax.scan(apply, x_BLD, blocks)[0]

@@ -1,0 +1,52 @@
+"""The image tower: a Vision Transformer (arXiv 2010.11929) as OpenAI's CLIP has it."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from clip_jax.models import transformer
+from clip_jax.models.layers import LayerNorm, normal, uniform
+from clip_jax.models.variants import ImageTower
+from clip_jax.typing import Float
+
+
+class PatchEmbed(nnx.Module):
+    """A convolution whose stride is its size: every patch is projected by itself, which is one matrix product."""
+
+    def __init__(self, patch_size: int, width: int, *, key: jax.Array):
+        fan_in = 3 * patch_size**2
+        self.kernel = uniform(key, (patch_size, patch_size, 3, width), fan_in**-0.5)
+
+    def __call__(self, x_BHWC: Float[jax.Array, "B H W C"]) -> Float[jax.Array, "B P D"]:
+        batch, height, width, channels = x_BHWC.shape
+        side, _, _, out = self.kernel.shape
+        patches = x_BHWC.reshape(batch, height // side, side, width // side, side, channels)
+        patches = patches.swapaxes(2, 3).reshape(batch, -1, side * side * channels)
+        return patches @ self.kernel[...].astype(x_BHWC.dtype).reshape(-1, out)
+
+
+class ViT(nnx.Module):
+    """Patches and a class token through the blocks; the class token, projected, is the embedding."""
+
+    def __init__(self, tower: ImageTower, embed_dim: int, *, dtype: str, remat: str, key: jax.Array):
+        width = tower.width
+        patches, cls, positions, blocks, projection = jax.random.split(key, 5)
+        self.patch_embed = PatchEmbed(tower.patch_size, width, key=patches)
+        self.class_embedding = normal(cls, (width,), width**-0.5)
+        self.positional_embedding = normal(positions, (tower.num_patches + 1, width), width**-0.5)
+        self.pre_norm = LayerNorm(width)
+        self.blocks = transformer.stack(
+            lambda k: transformer.image_block(k, width, tower.num_heads, tower.mlp_dim), blocks, tower.depth
+        )
+        self.post_norm = LayerNorm(width)
+        self.projection = normal(projection, (width, embed_dim), width**-0.5)
+        self.dtype = dtype
+        self.remat = remat
+
+    def __call__(self, image_BHWC: Float[jax.Array, "B H W C"]) -> Float[jax.Array, "B E"]:
+        """Returns embeddings, not normalised, of images that are (mean and deviation of `Preprocess`)."""
+        x_BPD = self.patch_embed(image_BHWC.astype(self.dtype))
+        cls_B1D = jnp.broadcast_to(self.class_embedding[...].astype(self.dtype), (len(x_BPD), 1, x_BPD.shape[-1]))
+        x_BLD = jnp.concatenate([cls_B1D, x_BPD], axis=1) + self.positional_embedding[...].astype(self.dtype)
+        x_BLD = transformer.run(self.blocks, self.pre_norm(x_BLD), remat=self.remat)
+        return self.post_norm(x_BLD[:, 0]) @ self.projection[...].astype(self.dtype)

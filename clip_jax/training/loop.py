@@ -1,0 +1,109 @@
+"""A run from its config to its last checkpoint; started again in the same folder, it goes on where it was."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from clip_jax import optim, sharding
+from clip_jax.config import Config
+from clip_jax.data.pipeline import Order, TrainingPairs, training_batches
+from clip_jax.data.sources import Source, open_source
+from clip_jax.models.clip import Definition
+from clip_jax.models.variants import Architecture, architecture
+from clip_jax.training.checkpoint import Checkpoints, check_position
+from clip_jax.training.metrics import MetricsLog, Progress
+from clip_jax.training.state import abstract_state, initial_state
+from clip_jax.training.step import make_train_step
+from clip_jax.workdir import Workdir
+
+
+def train(config: Config, workdir: Path, *, devices: list[jax.Device] | None = None) -> None:
+    """Trains as the config says, into `workdir`; resumes from its latest checkpoint when there is one.
+
+    Raises:
+        UserError: anything about the config, the folder, the checkpoint or the data that the user can mend; then
+            nothing has been written.
+    """
+    # 1. What is computed, and where. Everything that can be wrong is found before anything is written.
+    arch = architecture(config.model)
+    mesh = sharding.make_mesh(config.mesh, devices)
+    sharding.check_batch(config.data.global_batch, mesh)
+    definition = Definition(arch, dtype=config.model.compute_dtype, remat=config.model.remat)
+    schedule = optim.schedule(config.optim, config.total_steps)
+    optimizer = optim.optimizer(config.optim, config.total_steps)
+    abstract = abstract_state(definition, optimizer, mesh)
+    source = open_source(config.data.train, data_dir=config.data.data_dir)
+
+    # 2. The folder, and the state: new, or as it was left.
+    folder = Workdir(workdir)
+    folder.claim(config, arch)
+    checkpoints = Checkpoints(folder.checkpoints, keep=config.keep_checkpoints)
+    start = checkpoints.latest() or 0
+    if start:
+        check_position(checkpoints.position(start), _position(config, source, start))
+        state = checkpoints.restore(start, abstract)
+    else:
+        state = initial_state(definition, optimizer, abstract, config.seed)
+
+    # 3. The data, from the example where the run is.
+    batches = _batches(config, arch, source, mesh, start)
+
+    # 4. Step by step.
+    train_step = make_train_step(definition, optimizer, schedule)
+    log = MetricsLog(folder, resumed_at=start)
+    with Progress(config.total_steps, done=start) as progress:
+        progress.say(f"{config.model.variant} on {mesh.size} device(s), {len(source):,} records of {config.data.train}")
+        if start:
+            progress.say(f"resumed at step {start}")
+        since, waited, logged = time.monotonic(), 0.0, start
+        for step in range(start + 1, config.total_steps + 1):
+            asked = time.monotonic()
+            batch = sharding.to_mesh(next(batches), config.data.global_batch, mesh)
+            waited += time.monotonic() - asked
+            state, metrics = train_step(state, batch)
+            if step == start + 1:
+                jax.block_until_ready(metrics)
+                progress.say(f"first step done, {time.monotonic() - since:.1f} s after the data was opened")
+            progress.advance(step)
+            if every(config.log_every, step, config.total_steps):
+                scalars = {name: value.item() for name, value in jax.device_get(metrics).items()}
+                now = time.monotonic()
+                scalars["pairs_per_second"] = (step - logged) * config.data.global_batch / (now - since)
+                scalars["data_wait"] = waited / (now - since)
+                since, waited, logged = now, 0.0, step
+                log.write(step, scalars)
+                progress.show(step, scalars)
+            if every(config.checkpoint_every, step, config.total_steps):
+                checkpoints.save(state, _position(config, source, step))
+
+    # 5. Nothing is said to be done before it is on disk.
+    checkpoints.close()
+    log.close()
+
+
+def every(n: int, step: int, last: int) -> bool:
+    """Returns whether something that happens every `n` steps, and at the last one, happens now."""
+    return step % n == 0 or step == last
+
+
+def _position(config: Config, source: Source, step: int) -> dict[str, Any]:
+    """Returns the place in the data after a step: with the config's seed, all there is to know about the order."""
+    return {"examples_seen": step * config.data.global_batch, "seed": config.seed, "data": source.fingerprint()}
+
+
+def _batches(config: Config, arch: Architecture, source: Source, mesh: jax.sharding.Mesh, start: int):
+    """Returns this host's batches from step `start` on."""
+    pairs = TrainingPairs(
+        source=source,
+        order=Order(len(source), config.seed),
+        first=start * config.data.global_batch,
+        last=config.total_steps * config.data.global_batch,
+        global_batch=config.data.global_batch,
+        rows=sharding.host_rows(config.data.global_batch, mesh),
+        image_size=arch.image.image_size,
+        context_length=arch.text.context_length,
+        crop_scale=config.data.crop_scale,
+    )
+    return training_batches(pairs, num_threads=config.data.num_threads, num_workers=config.data.num_workers)

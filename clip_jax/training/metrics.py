@@ -1,0 +1,95 @@
+"""What a run says of itself: `metrics.jsonl`, TensorBoard, and a bar on the screen."""
+
+import json
+import time
+from pathlib import Path
+
+import rich.console
+import rich.progress
+import tensorboardX
+
+from clip_jax.files import write_text
+from clip_jax.workdir import Workdir
+
+QUIET_SECONDS = 10  # between two lines where there is no terminal to draw a bar on
+
+
+class MetricsLog:
+    """Appends one JSON object a logged step, and the same scalars for TensorBoard."""
+
+    def __init__(self, workdir: Workdir, *, resumed_at: int):
+        _keep_until(workdir.metrics_file, resumed_at)
+        self._file = workdir.metrics_file.open("a", encoding="utf-8")
+        self._board = tensorboardX.SummaryWriter(str(workdir.tensorboard), purge_step=resumed_at + 1)
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        """Writes one line, at once: a killed run keeps what it logged."""
+        self._file.write(json.dumps({"step": step, **scalars}) + "\n")
+        self._file.flush()
+        for name, value in scalars.items():
+            self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Writes what TensorBoard still holds."""
+        self._file.close()
+        self._board.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """Returns the lines of a `metrics.jsonl`; a last line that a kill cut short is left out."""
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def _keep_until(path: Path, step: int) -> None:
+    """Drops the lines after a step: the run goes on from there and will write them again."""
+    if path.exists():
+        kept = [line for line in read_metrics(path) if line["step"] <= step]
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+class Progress:
+    """A bar with the rate, the loss and the time left; now and then a line where there is no terminal."""
+
+    def __init__(self, total_steps: int, *, done: int, console: rich.console.Console | None = None):
+        self._console = console or rich.console.Console(stderr=True)
+        self._bar = rich.progress.Progress(
+            rich.progress.TextColumn("step"),
+            rich.progress.MofNCompleteColumn(),
+            rich.progress.BarColumn(),
+            rich.progress.TextColumn("{task.fields[said]}"),
+            rich.progress.TimeElapsedColumn(),
+            rich.progress.TextColumn("left"),
+            rich.progress.TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=total_steps, completed=done, said="compiling")
+        self._total_steps = total_steps
+        self._first, self._started = done, time.monotonic()
+        self._last_line = self._started
+
+    def __enter__(self) -> "Progress":
+        self._bar.__enter__()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._bar.__exit__(*error)
+
+    def say(self, text: str) -> None:
+        """Prints a line above the bar."""
+        self._console.print(text, highlight=False)
+
+    def advance(self, step: int) -> None:
+        """Moves the bar."""
+        self._bar.update(self._task, completed=step)
+
+    def show(self, step: int, scalars: dict[str, float]) -> None:
+        """Shows the latest metrics."""
+        said = f"loss {scalars['loss']:.4f} · {scalars['pairs_per_second']:,.0f} pairs/s"
+        self._bar.update(self._task, said=said)
+        now = time.monotonic()
+        if not self._console.is_terminal and (now - self._last_line > QUIET_SECONDS or step == self._total_steps):
+            left = (now - self._started) / (step - self._first) * (self._total_steps - step)
+            self.say(f"step {step}/{self._total_steps} · {said} · {left:.0f} s left")
+            self._last_line = now

@@ -1,0 +1,60 @@
+"""What one step hands to the next: parameters and optimiser, created in their places on the mesh."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from clip_jax import sharding
+from clip_jax.models.clip import Definition, Params
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class TrainState:
+    """Plain nested dicts of arrays: what `jax.jit` passes at least cost."""
+
+    step: jax.Array  # int32 []: updates done
+    params: Params
+    optimizer: Any  # what Optax keeps
+
+
+def abstract_state(definition: Definition, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Returns the state's shapes, each with its place on the mesh, computing nothing.
+
+    Raises:
+        UserError: the mesh cannot split some parameter.
+    """
+    params = definition.shapes()
+    specs = sharding.parameter_specs(params)
+    sharding.check_divisible(params, specs, mesh)
+    moments = jax.eval_shape(optimizer.init, params)
+    moment_specs = optax.tree_map_params(
+        optimizer, lambda _, spec: spec, moments, specs, transform_non_params=lambda _: P()
+    )
+
+    def place(shape, spec):
+        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=NamedSharding(mesh, spec))
+
+    return TrainState(
+        step=place(jax.ShapeDtypeStruct((), jnp.int32), P()),
+        params=jax.tree.map(place, params, specs),
+        optimizer=jax.tree.map(place, moments, moment_specs),
+    )
+
+
+def initial_state(
+    definition: Definition, optimizer: optax.GradientTransformation, abstract: TrainState, seed: int
+) -> TrainState:
+    """Returns a new state; every array is computed in pieces where it will live, and whole nowhere."""
+
+    def init(key: jax.Array) -> TrainState:
+        params = definition.init(key)
+        return TrainState(step=jnp.int32(0), params=params, optimizer=optimizer.init(params))
+
+    places = jax.tree.map(lambda x: x.sharding, abstract)
+    return jax.jit(init, out_shardings=places)(jax.random.key(seed))

@@ -1,0 +1,41 @@
+"""One update: pixels and tokens in, a new state and its metrics out. Pure; compiled once."""
+
+from collections.abc import Callable
+
+import jax
+import optax
+
+from clip_jax import losses
+from clip_jax.models.clip import Definition, Params, constrain, l2_normalise, normalise_pixels
+from clip_jax.training.state import TrainState
+from clip_jax.typing import Batch, Float
+
+Metrics = dict[str, jax.Array]
+
+
+def make_train_step(
+    definition: Definition, optimizer: optax.GradientTransformation, schedule: optax.Schedule
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """Returns the compiled function (state, global batch) → (state, metrics); it takes the old state's memory."""
+
+    def loss_of(params: Params, batch: Batch) -> Float[jax.Array, ""]:
+        model = definition.bind(params)
+        pixels = normalise_pixels(batch.image, definition.architecture.preprocess)
+        img_BE = l2_normalise(model.encode_image(pixels))
+        txt_BE = l2_normalise(model.encode_text(batch.tokens))
+        return losses.softmax(img_BE, txt_BE, scale=model.scale(), valid_B=batch.valid)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        loss, gradients = jax.value_and_grad(loss_of)(state.params, batch)
+        updates, moments = optimizer.update(gradients, state.optimizer, state.params)
+        params = constrain(optax.apply_updates(state.params, updates))
+        metrics = {
+            "loss": loss,
+            "logit_scale": jax.numpy.exp(params["logit_scale"]),
+            "gradient_norm": optax.global_norm(gradients),
+            "learning_rate": schedule(state.step),
+            "valid": batch.valid.sum(),
+        }
+        return TrainState(step=state.step + 1, params=params, optimizer=moments), metrics
+
+    return jax.jit(train_step, donate_argnums=0)

@@ -1,0 +1,19 @@
+"""A small CLIP on 1,437 real scans of digits with captions, then zero-shot on scans it has never seen.
+
+    python train.py --config=configs/quickstart.py --workdir=runs/quickstart
+
+Hardware: 2 CPU cores.
+"""
+
+from clip_jax.config import Config, DataConfig, ModelConfig, OptimConfig
+
+
+def get_config() -> Config:
+    return Config(
+        model=ModelConfig(variant="ViT-W64/4@16px"),
+        data=DataConfig(train="tfds:captioned_digits:train", global_batch=128, crop_scale=(0.5, 1.0)),
+        optim=OptimConfig(learning_rate=2e-3, warmup_steps=100, weight_decay=0.1),
+        total_steps=1500,
+        log_every=20,
+        checkpoint_every=500,
+    )

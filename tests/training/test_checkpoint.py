@@ -1,0 +1,76 @@
+"""Checkpoints: what is saved comes back, bit for bit and in its place; what does not fit is refused by name."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from clip_jax import optim, sharding
+from clip_jax.config import MeshConfig, ModelConfig, OptimConfig
+from clip_jax.errors import UserError
+from clip_jax.models.clip import Definition
+from clip_jax.models.variants import architecture
+from clip_jax.training.checkpoint import Checkpoints
+from clip_jax.training.state import abstract_state, initial_state
+
+CONFIG = OptimConfig(warmup_steps=1)
+
+
+def state_on(mesh_sizes: tuple[int, int, int], devices: int, **model):
+    definition = Definition(architecture(ModelConfig(variant="ViT-W64/4@16px", **model)))
+    optimizer = optim.optimizer(CONFIG, 10)
+    mesh = sharding.make_mesh(MeshConfig(*mesh_sizes), jax.devices()[:devices])
+    abstract = abstract_state(definition, optimizer, mesh)
+    return definition, optimizer, abstract
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoints")
+    definition, optimizer, abstract = state_on((2, 2, 2), 8)
+    state = initial_state(definition, optimizer, abstract, seed=3)
+    state.step = state.step + 7
+    checkpoints = Checkpoints(folder)
+    checkpoints.save(state, {"examples_seen": 7 * 32})
+    checkpoints.close()
+    return folder, state
+
+
+def test_a_state_saved_on_8_devices_comes_back_on_1_bit_for_bit(saved):
+    folder, state = saved
+    _, _, abstract = state_on((1, 1, 1), 1)
+    checkpoints = Checkpoints(folder)
+    assert checkpoints.latest() == 7
+    assert checkpoints.position(7) == {"examples_seen": 224}
+    restored = checkpoints.restore(7, abstract)
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    jax.tree.map(np.testing.assert_array_equal, restored, state)
+    assert all(
+        x.sharding == place.sharding for x, place in zip(*map(jax.tree.leaves, (restored, abstract)), strict=True)
+    )
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused_with_all_that_differs(saved):
+    folder, _ = saved
+    _, _, abstract = state_on((1, 1, 1), 1, image_size=24)
+    del abstract.params["text"]["projection"]
+    abstract.params["image"]["extra"] = jax.ShapeDtypeStruct((2,), jnp.float32)
+    with pytest.raises(UserError) as error:
+        Checkpoints(folder).restore(7, abstract)
+    message = str(error.value)
+    assert "missing image/extra" in message
+    assert "unexpected text/projection" in message
+    assert "image/positional_embedding has shape (17, 64), not (37, 64)" in message
+
+
+def test_parameters_are_created_in_their_places_and_are_the_same_on_any_mesh():
+    definition, optimizer, abstract = state_on((2, 2, 2), 8)
+    sharded = initial_state(definition, optimizer, abstract, seed=0)
+    up = sharded.params["image"]["blocks"]["mlp"]["up"]["kernel"]
+    assert up.sharding.shard_shape(up.shape) == (3, 32, 128)  # [depth D F]: D over fsdp, F over tensor
+    moment = sharded.optimizer[0].mu["image"]["blocks"]["mlp"]["up"]["kernel"]
+    assert moment.sharding == up.sharding
+    definition, optimizer, abstract = state_on((1, 1, 1), 1)
+    whole = initial_state(definition, optimizer, abstract, seed=0)
+    # The same draws; what is computed from them may round differently in another partitioning.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=3e-7, atol=1e-7), sharded.params, whole.params)
