@@ -19,6 +19,8 @@ from clip_jax.models.variants import Architecture
 from clip_jax.typing import Float, Int
 from clip_jax.workdir import Workdir
 
+Array = jax.Array | np.ndarray
+
 
 @dataclasses.dataclass(frozen=True)
 class Model:
@@ -34,7 +36,7 @@ class Model:
     def architecture(self) -> Architecture:
         return self.definition.architecture
 
-    def encode_image(self, image_BHWC: Float[np.ndarray, "B H W C"]) -> Float[jax.Array, "B E"]:
+    def encode_image(self, image_BHWC: Float[Array, "B H W C"]) -> Float[jax.Array, "B E"]:
         """Returns image features, not L2-normalised, of preprocessed images.
 
         Raises:
@@ -45,7 +47,7 @@ class Model:
             raise UserError(f"images of shape {image_BHWC.shape} do not fit; this model takes [n, {size}, {size}, 3]")
         return _encode_image(self.definition, self.params, jnp.asarray(image_BHWC))
 
-    def encode_text(self, tokens_BL: Int[np.ndarray, "B L"]) -> Float[jax.Array, "B E"]:
+    def encode_text(self, tokens_BL: Int[Array, "B L"]) -> Float[jax.Array, "B E"]:
         """Returns text features, not L2-normalised, of what `tokenize` returns.
 
         Positions that the model does not have are cut off when they are only padding.
@@ -58,7 +60,9 @@ class Model:
             raise UserError(f"a caption is too long for this model's context length {length}; use model.tokenize")
         return _encode_text(self.definition, self.params, jnp.asarray(tokens_BL[:, :length]))
 
-    def __call__(self, image_BHWC, tokens_AL) -> tuple[Float[jax.Array, "B A"], Float[jax.Array, "A B"]]:
+    def __call__(
+        self, image_BHWC: Float[Array, "B H W C"], tokens_AL: Int[Array, "A L"]
+    ) -> tuple[Float[jax.Array, "B A"], Float[jax.Array, "A B"]]:
         """Returns (logits_per_image, logits_per_text): scaled cosine similarities."""
         return _logits(self.definition, self.params, self.encode_image(image_BHWC), self.encode_text(tokens_AL))
 
@@ -91,7 +95,7 @@ class ImagePreprocess:
     def __call__(self, image: Image.Image) -> Float[np.ndarray, "H W C"]:
         """Returns the resized, cropped and normalised image."""
         pixels_HWC = evaluation_crop(image, self.architecture.image.image_size)
-        return np.asarray(normalise_pixels(pixels_HWC, self.architecture.preprocess))
+        return np.asarray(normalise_pixels(jnp.asarray(pixels_HWC)[None], self.architecture.preprocess))[0]
 
 
 def load(source: str | os.PathLike) -> tuple[Model, ImagePreprocess]:
@@ -107,13 +111,13 @@ def load(source: str | os.PathLike) -> tuple[Model, ImagePreprocess]:
         raise UserError(f"{str(source)!r} cannot be loaded: it is not a folder; give the workdir of a run")
     config, architecture = workdir.read()
     definition = Definition(architecture)
-    checkpoints = Checkpoints(workdir.checkpoints)
-    step = checkpoints.latest()
-    if step is None:
-        raise UserError(f"{workdir.path} has no checkpoint yet; train it first")
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), definition.shapes())
-    params = checkpoints.restore_params(step, abstract)
+    with Checkpoints(workdir.checkpoints) as checkpoints:
+        step = checkpoints.latest()
+        if step is None:
+            raise UserError(f"{workdir.path} has no checkpoint yet; train it first")
+        params = checkpoints.restore_params(step, abstract)
     origin = f"{workdir.path}/checkpoints/{step}"
     model = Model(definition, params, config.model.variant, origin, workdir.evaluation(step))
     return model, ImagePreprocess(architecture)

@@ -11,9 +11,13 @@ from clip_jax.config import Config, DataConfig, ModelConfig, OptimConfig
 def get_config() -> Config:
     return Config(
         model=ModelConfig(variant="ViT-W96/8@40px"),
-        data=DataConfig(train="tfds:captioned_shapes:train", global_batch=256, crop_scale=(0.9, 1.0)),
-        optim=OptimConfig(learning_rate=2e-3, warmup_steps=50, weight_decay=0.1),
-        total_steps=700,
+        data=DataConfig(
+            train="tfds:captioned_shapes:train",
+            global_batch=128,
+            crop_scale=(1.0, 1.0),  # a crop would change the place and the size that the caption tells
+        ),
+        optim=OptimConfig(learning_rate=1.5e-3, warmup_steps=100, weight_decay=0.1, clip_norm=1.0),
+        total_steps=2000,
         log_every=20,
-        checkpoint_every=350,
+        checkpoint_every=500,
     )

@@ -5,7 +5,7 @@ A spec names one: `tfds:NAME[:SPLIT]`. Everything downstream sees only `Source`.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -21,6 +21,7 @@ class Record(NamedTuple):
     label: int | None
 
 
+@runtime_checkable
 class Source(Protocol):
     """Random access to records, picklable, so that worker processes can open their own."""
 

@@ -1,7 +1,7 @@
 """A data set through a model: every image once, in order, in batches of one shape."""
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,17 @@ from clip_jax.typing import Float, Int
 BATCH = 256  # images or texts a call: one compiled shape
 
 
-class Encoder(Protocol):
+@runtime_checkable
+class TextEncoder(Protocol):
+    """What evaluation asks of a model for texts."""
+
+    def tokenize(self, texts: Sequence[str], truncate: bool = False) -> Int[np.ndarray, "B L"]: ...
+
+    def encode_text(self, tokens_BL: np.ndarray) -> jax.Array: ...
+
+
+@runtime_checkable
+class Encoder(TextEncoder, Protocol):
     """What evaluation asks of a model; `clip_jax.load` returns one."""
 
     architecture: Architecture
@@ -26,10 +36,6 @@ class Encoder(Protocol):
     pretrained: str
 
     def encode_image(self, image_BHWC: jax.Array) -> jax.Array: ...
-
-    def encode_text(self, tokens_BL: np.ndarray) -> jax.Array: ...
-
-    def tokenize(self, texts: Sequence[str], truncate: bool = False) -> Int[np.ndarray, "B L"]: ...
 
 
 class Encoded(NamedTuple):
@@ -49,13 +55,13 @@ def encode_images(model: Encoder, source: Source) -> Encoded:
     for images, part in rich.progress.track(
         batches, f"{source.name}:{source.split}", total=total, console=console, disable=not console.is_terminal
     ):
-        embeddings = l2_normalise(model.encode_image(normalise_pixels(images, arch.preprocess)))
+        embeddings = l2_normalise(model.encode_image(normalise_pixels(jnp.asarray(images), arch.preprocess)))
         features.append(np.asarray(embeddings)[: len(part)])
         records += part
     return Encoded(np.concatenate(features), records)
 
 
-def encode_texts(model: Encoder, texts: Sequence[str]) -> Float[np.ndarray, "B E"]:
+def encode_texts(model: TextEncoder, texts: Sequence[str]) -> Float[np.ndarray, "B E"]:
     """Returns the L2-normalised embedding of every text; one that is too long is truncated, as in training."""
     features = []
     for start in range(0, len(texts), BATCH):

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from clip_jax.evaluation.encode import Encoder, encode_texts
+from clip_jax.evaluation.encode import TextEncoder, encode_texts
 from clip_jax.typing import Float, Int
 
 
@@ -16,7 +16,9 @@ class Predictions(NamedTuple):
     labels: Int[np.ndarray, " B"]
 
 
-def classifier(model: Encoder, classnames: Sequence[str], templates: Sequence[str]) -> Float[np.ndarray, "classes E"]:
+def classifier(
+    model: TextEncoder, classnames: Sequence[str], templates: Sequence[str]
+) -> Float[np.ndarray, "classes E"]:
     """Returns one embedding a class: every template encoded, normalised, averaged, normalised."""
     prompts = [template.format(name) for name in classnames for template in templates]
     embeddings = encode_texts(model, prompts).reshape(len(classnames), len(templates), -1).mean(axis=1)

@@ -20,14 +20,16 @@ from clip_jax.training.state import TrainState
 class Checkpoints:
     """The checkpoints of one run: `<folder>/<step>/{params,optimizer,position}`."""
 
-    def __init__(self, folder: Path, *, keep: int = 1):
+    def __init__(self, folder: Path, *, keep: int | None = None):
+        """Opens the folder: to write, keeping the latest `keep`, or only to read."""
+
         def arrays() -> ocp.PyTreeCheckpointHandler:
             return ocp.PyTreeCheckpointHandler(use_ocdbt=False)  # a file an array: small models need no database
 
         self.folder = folder.absolute()
         self._manager = ocp.CheckpointManager(
             self.folder,
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep),
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=keep is not None, read_only=keep is None),
             item_handlers={"params": arrays(), "optimizer": arrays(), "position": ocp.JsonCheckpointHandler()},
         )
 
@@ -74,7 +76,10 @@ class Checkpoints:
         """Returns the place in the data that was saved with a step."""
         return self._manager.restore(step, args=ocp.args.Composite(position=ocp.args.JsonRestore())).position
 
-    def close(self) -> None:
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *error) -> None:
         """Waits until everything is on disk."""
         self._manager.close()
 

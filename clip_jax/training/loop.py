@@ -1,6 +1,5 @@
 """A run from its config to its last checkpoint; started again in the same folder, it goes on where it was."""
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from clip_jax.data.sources import Source, open_source
 from clip_jax.models.clip import Definition
 from clip_jax.models.variants import Architecture, architecture
 from clip_jax.training.checkpoint import Checkpoints, check_position
-from clip_jax.training.metrics import MetricsLog, Progress
+from clip_jax.training.metrics import MetricsLog, Progress, StepClock
 from clip_jax.training.state import abstract_state, initial_state
 from clip_jax.training.step import make_train_step
 from clip_jax.workdir import Workdir
@@ -36,51 +35,41 @@ def train(config: Config, workdir: Path, *, devices: list[jax.Device] | None = N
     abstract = abstract_state(definition, optimizer, mesh)
     source = open_source(config.data.train, data_dir=config.data.data_dir)
 
-    # 2. The folder, and the state: new, or as it was left.
+    # 2. The folder, and in it the state: new, or as it was left.
     folder = Workdir(workdir)
     folder.claim(config, arch)
-    checkpoints = Checkpoints(folder.checkpoints, keep=config.keep_checkpoints)
-    start = checkpoints.latest() or 0
-    if start:
-        check_position(checkpoints.position(start), _position(config, source, start))
-        state = checkpoints.restore(start, abstract)
-    else:
-        state = initial_state(definition, optimizer, abstract, config.seed)
-
-    # 3. The data, from the example where the run is.
-    batches = _batches(config, arch, source, mesh, start)
-
-    # 4. Step by step.
-    train_step = make_train_step(definition, optimizer, schedule)
-    log = MetricsLog(folder, resumed_at=start)
-    with Progress(config.total_steps, done=start) as progress:
-        progress.say(f"{config.model.variant} on {mesh.size} device(s), {len(source):,} records of {config.data.train}")
+    with Checkpoints(folder.checkpoints, keep=config.keep_checkpoints) as checkpoints:
+        start = checkpoints.latest() or 0
         if start:
-            progress.say(f"resumed at step {start}")
-        since, waited, logged = time.monotonic(), 0.0, start
-        for step in range(start + 1, config.total_steps + 1):
-            asked = time.monotonic()
-            batch = sharding.to_mesh(next(batches), config.data.global_batch, mesh)
-            waited += time.monotonic() - asked
-            state, metrics = train_step(state, batch)
-            if step == start + 1:
-                jax.block_until_ready(metrics)
-                progress.say(f"first step done, {time.monotonic() - since:.1f} s after the data was opened")
-            progress.advance(step)
-            if every(config.log_every, step, config.total_steps):
-                scalars = {name: value.item() for name, value in jax.device_get(metrics).items()}
-                now = time.monotonic()
-                scalars["pairs_per_second"] = (step - logged) * config.data.global_batch / (now - since)
-                scalars["data_wait"] = waited / (now - since)
-                since, waited, logged = now, 0.0, step
-                log.write(step, scalars)
-                progress.show(step, scalars)
-            if every(config.checkpoint_every, step, config.total_steps):
-                checkpoints.save(state, _position(config, source, step))
+            check_position(checkpoints.position(start), _position(config, source, start))
+            state = checkpoints.restore(start, abstract)
+        else:
+            state = initial_state(definition, optimizer, abstract, config.seed)
 
-    # 5. Nothing is said to be done before it is on disk.
-    checkpoints.close()
-    log.close()
+        # 3. The data, from the example where the run is.
+        batches = _batches(config, arch, source, mesh, start)
+
+        # 4. Step by step. Metrics are read only when they are logged: the device is never waited for in between.
+        train_step = make_train_step(definition, optimizer, schedule)
+        clock = StepClock(config.data.global_batch)
+        with MetricsLog(folder, resumed_at=start) as log, Progress(config.total_steps, done=start) as progress:
+            progress.say(
+                f"{config.model.variant}, {mesh.size} device(s), {len(source):,} records of {config.data.train}"
+            )
+            if start:
+                progress.say(f"resumed at step {start}")
+            for step in range(start + 1, config.total_steps + 1):
+                with clock.waiting_for_data():
+                    batch = sharding.to_mesh(next(batches), config.data.global_batch, mesh)
+                state, metrics = train_step(state, batch)
+                clock.steps += 1
+                progress.advance(step)
+                if step == 1 or every(config.log_every, step, config.total_steps):
+                    scalars = {name: value.item() for name, value in jax.device_get(metrics).items()} | clock.lap()
+                    log.write(step, scalars)
+                    progress.show(step, scalars)
+                if every(config.checkpoint_every, step, config.total_steps):
+                    checkpoints.save(state, _position(config, source, step))
 
 
 def every(n: int, step: int, last: int) -> bool:

@@ -1,7 +1,9 @@
 """What a run says of itself: `metrics.jsonl`, TensorBoard, and a bar on the screen."""
 
+import contextlib
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import rich.console
@@ -29,8 +31,10 @@ class MetricsLog:
         for name, value in scalars.items():
             self._board.add_scalar(name, value, step)
 
-    def close(self) -> None:
-        """Writes what TensorBoard still holds."""
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, *error) -> None:
         self._file.close()
         self._board.close()
 
@@ -46,6 +50,34 @@ def _keep_until(path: Path, step: int) -> None:
     if path.exists():
         kept = [line for line in read_metrics(path) if line["step"] <= step]
         write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+class StepClock:
+    """Measures the steps since the last lap: pairs a second, and the share of the time that data was waited for."""
+
+    def __init__(self, global_batch: int):
+        self.steps = 0
+        self._global_batch = global_batch
+        self._since = time.monotonic()
+        self._waited = 0.0
+
+    @contextlib.contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """Counts the time of its block as waiting."""
+        asked = time.monotonic()
+        yield
+        self._waited += time.monotonic() - asked
+
+    def lap(self) -> dict[str, float]:
+        """Returns pairs_per_second and data_wait, and starts anew."""
+        now = time.monotonic()
+        seconds = now - self._since
+        scalars = {
+            "pairs_per_second": self.steps * self._global_batch / seconds,
+            "data_wait": self._waited / seconds,
+        }
+        self.steps, self._since, self._waited = 0, now, 0.0
+        return scalars
 
 
 class Progress:

@@ -16,9 +16,9 @@ from clip_jax.models.clip import Definition, Params
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class TrainState:
-    """Plain nested dicts of arrays: what `jax.jit` passes at least cost."""
+    """Plain nested dicts: what `jax.jit` passes at least cost. Of arrays, or of whatever else is said of each array."""
 
-    step: jax.Array  # int32 []: updates done
+    step: Any  # int32 []: updates done
     params: Params
     optimizer: Any  # what Optax keeps
 

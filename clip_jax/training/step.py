@@ -32,7 +32,7 @@ def make_train_step(
         metrics = {
             "loss": loss,
             "logit_scale": jax.numpy.exp(params["logit_scale"]),
-            "gradient_norm": optax.global_norm(gradients),
+            "gradient_norm": optax.tree.norm(gradients),
             "learning_rate": schedule(state.step),
             "valid": batch.valid.sum(),
         }

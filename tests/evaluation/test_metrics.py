@@ -2,6 +2,7 @@
 
 import math
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -56,7 +57,7 @@ class TwoWords:
         return np.array([[len(text), ord(text[0])] for text in texts], np.int32)
 
     def encode_text(self, tokens):
-        return np.asarray(tokens, np.float32) + 1e-3  # padding has a direction, too
+        return jnp.asarray(tokens, jnp.float32) + 1e-3  # padding has a direction, too
 
 
 def test_a_class_is_the_normalised_mean_of_its_normalised_prompts():

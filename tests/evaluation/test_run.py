@@ -1,6 +1,7 @@
 """Evaluating a model: the files in their schema, the pictures as pictures, mistakes in plain words."""
 
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -31,6 +32,11 @@ def digits(data_dir):
     return open_source("tfds:captioned_digits", data_dir=str(data_dir), default_split="test")
 
 
+def size_of(picture: Path) -> tuple[int, int]:
+    with Image.open(picture) as image:
+        return image.size
+
+
 def test_classification_writes_a_result_and_two_pictures(model, digits, tmp_path, capsys):
     result = evaluate(model, digits, "zeroshot_classification", output=tmp_path / "new" / "result.json")
     written = json.loads((tmp_path / "new" / "result.json").read_text())
@@ -43,7 +49,7 @@ def test_classification_writes_a_result_and_two_pictures(model, digits, tmp_path
         "result_matches.png",
     ]
     for picture in (tmp_path / "new").glob("*.png"):
-        assert min(Image.open(picture).size) > 400
+        assert min(size_of(picture)) > 400
     assert "acc1" in capsys.readouterr().out
 
 
@@ -51,7 +57,7 @@ def test_retrieval_writes_a_result_and_a_picture(model, digits, tmp_path):
     result = evaluate(model, digits, "zeroshot_retrieval", output=tmp_path / "result.json")
     assert list(result) == SCHEMA
     assert list(result["metrics"]) == [f"{way}_retrieval_recall@{k}" for way in ("image", "text") for k in (1, 5, 10)]
-    assert min(Image.open(tmp_path / "result_matches.png").size) > 400
+    assert min(size_of(tmp_path / "result_matches.png")) > 400
 
 
 def test_every_image_is_encoded_once_in_order_whatever_the_batch(model, digits, monkeypatch):

@@ -30,19 +30,18 @@ def saved(tmp_path_factory):
     definition, optimizer, abstract = state_on((2, 2, 2), 8)
     state = initial_state(definition, optimizer, abstract, seed=3)
     state.step = state.step + 7
-    checkpoints = Checkpoints(folder)
-    checkpoints.save(state, {"examples_seen": 7 * 32})
-    checkpoints.close()
+    with Checkpoints(folder, keep=1) as checkpoints:
+        checkpoints.save(state, {"examples_seen": 7 * 32})
     return folder, state
 
 
 def test_a_state_saved_on_8_devices_comes_back_on_1_bit_for_bit(saved):
     folder, state = saved
     _, _, abstract = state_on((1, 1, 1), 1)
-    checkpoints = Checkpoints(folder)
-    assert checkpoints.latest() == 7
-    assert checkpoints.position(7) == {"examples_seen": 224}
-    restored = checkpoints.restore(7, abstract)
+    with Checkpoints(folder) as checkpoints:
+        assert checkpoints.latest() == 7
+        assert checkpoints.position(7) == {"examples_seen": 224}
+        restored = checkpoints.restore(7, abstract)
     assert jax.tree.structure(restored) == jax.tree.structure(state)
     jax.tree.map(np.testing.assert_array_equal, restored, state)
     assert all(
@@ -55,8 +54,8 @@ def test_a_checkpoint_that_does_not_fit_is_refused_with_all_that_differs(saved):
     _, _, abstract = state_on((1, 1, 1), 1, image_size=24)
     del abstract.params["text"]["projection"]
     abstract.params["image"]["extra"] = jax.ShapeDtypeStruct((2,), jnp.float32)
-    with pytest.raises(UserError) as error:
-        Checkpoints(folder).restore(7, abstract)
+    with pytest.raises(UserError) as error, Checkpoints(folder) as checkpoints:
+        checkpoints.restore(7, abstract)
     message = str(error.value)
     assert "missing image/extra" in message
     assert "unexpected text/projection" in message

@@ -54,7 +54,7 @@ class CaptionedDigits(tfds.core.GeneratorBasedBuilder):
 
         digits = load_digits()
         seen = Counter()
-        for i, (scan, label) in enumerate(zip(digits.images, digits.target, strict=True)):
+        for i, (scan, label) in enumerate(zip(digits.images, digits.target.tolist(), strict=True)):
             seen[label] += 1
             if (seen[label] % HELD_OUT_EVERY == 0) == held_out:
                 yield i, {"image": _png(scan), "captions": _captions(label), "label": label}

@@ -1,0 +1,136 @@
+"""The softmax loss, value and gradients, against analytic NumPy in float64."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from clip_jax import losses
+
+EPS = float(np.finfo(np.float32).eps)
+
+
+class Truth(NamedTuple):
+    """The loss and its gradients, by hand."""
+
+    loss: float
+    img: np.ndarray
+    txt: np.ndarray
+    scale: float
+    scale_terms: float  # the sum of the absolute terms of `scale`: what its rounding error is relative to
+
+
+def oracle(img, txt, scale: float, valid) -> Truth:
+    """Returns the truth of a batch, from its valid pairs alone.
+
+    With z_ij = l_ij − l_ii, row i costs log(1 + Σ_{j≠i} exp z_ij): exact also where the loss is nearly nothing.
+    """
+    all_img, all_txt = np.float64(img), np.float64(txt)
+    img, txt, n = all_img[valid], all_txt[valid], int(np.sum(valid))
+    if n < 2:
+        return Truth(0.0, 0 * all_img, 0 * all_txt, 0.0, 0.0)
+    cosines = img @ txt.T
+
+    def rows(logits):
+        z = np.where(np.eye(n, dtype=bool), -np.inf, logits - np.diag(logits)[:, None])
+        top = z.max(1, keepdims=True)
+        log_sum = top + np.log(np.exp(z - top).sum(1, keepdims=True))
+        shares = np.exp(z - np.logaddexp(0, log_sum))
+        return np.logaddexp(0, log_sum).mean(), (shares - np.diag(shares.sum(1))) / n
+
+    (by_row, row_grads), (by_column, column_grads) = rows(scale * cosines), rows(scale * cosines.T)
+    grads = (row_grads + column_grads.T) / 2
+    img_grads, txt_grads = 0 * all_img, 0 * all_txt
+    img_grads[valid], txt_grads[valid] = scale * grads @ txt, scale * grads.T @ img
+    terms = grads * cosines
+    return Truth((by_row + by_column) / 2, img_grads, txt_grads, terms.sum(), np.abs(terms).sum())
+
+
+@jax.jit
+def value_and_gradients(img, txt, scale, valid):
+    return jax.value_and_grad(lambda i, t, s: losses.softmax(i, t, scale=s, valid_B=valid), (0, 1, 2))(img, txt, scale)
+
+
+def assert_true(img, txt, scale, valid, *, bound: float) -> None:
+    """Checks the loss and all gradients, each relative to its largest entry."""
+    loss, (img_grads, txt_grads, scale_grad) = value_and_gradients(img, txt, scale, valid)
+    truth = oracle(img, txt, float(scale), np.asarray(valid))
+    assert abs(loss - truth.loss) <= bound * truth.loss
+    np.testing.assert_allclose(img_grads, truth.img, rtol=0, atol=bound * np.abs(truth.img).max())
+    np.testing.assert_allclose(txt_grads, truth.txt, rtol=0, atol=bound * np.abs(truth.txt).max())
+    assert abs(scale_grad - truth.scale) <= bound * truth.scale_terms
+
+
+def pairs(seed: int, size: int = 32, width: int = 64, *, noise: float | None = None, dtype=jnp.float32):
+    """Returns unit rows: texts that have nothing to do with their images, or are them with some noise."""
+    random = np.random.default_rng(seed)
+    img, txt = random.normal(size=(2, size, width))
+    if noise is not None:
+        txt = img + noise * txt
+    return tuple(jnp.asarray(x / np.linalg.norm(x, axis=1, keepdims=True), dtype) for x in (img, txt))
+
+
+ALL = jnp.ones(32, bool)
+START = jnp.float32(1 / 0.07)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_loss_and_gradients_are_within_1e_6_of_float64_at_clips_temperature(seed):
+    assert_true(*pairs(seed), START, ALL, bound=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1, 1 / 0.07, 100])
+@pytest.mark.parametrize("noise", [None, 1.0])
+def test_with_float64_embeddings_loss_and_gradients_are_float64(x64, scale, noise):
+    # cosines are known to about an eps, and are multiplied by the scale before they are exponentiated
+    img, txt = pairs(0, noise=noise, dtype=jnp.float64)
+    assert value_and_gradients(img, txt, jnp.float64(scale), ALL)[0].dtype == jnp.float64
+    assert_true(img, txt, jnp.float64(scale), ALL, bound=1e-12)
+
+
+@pytest.mark.parametrize("scale", [1, 1 / 0.07, 100])
+@pytest.mark.parametrize("noise", [None, 1.0, 0.3])
+def test_float32_gives_what_its_cosines_allow_also_when_nearly_every_pair_is_found(scale, noise):
+    # A cosine of E terms is off by about √E/2 eps, a logit by scale times that, exp(difference of two) by twice that.
+    img, txt = pairs(1, noise=noise)
+    assert_true(img, txt, jnp.float32(scale), ALL, bound=max(1e-6, scale * 64**0.5 * EPS))
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), scale=st.floats(1, 100), valid=st.lists(st.booleans(), min_size=12, max_size=12))
+def test_any_mask_gives_the_batch_without_the_pairs_that_are_not_valid(seed, scale, valid):
+    img, txt = pairs(seed, size=12, width=16)
+    assert_true(img, txt, jnp.float32(scale), jnp.asarray(valid), bound=max(1e-6, 2 * scale * 16**0.5 * EPS))
+
+
+@pytest.mark.parametrize("valid", [[], [5]], ids=["none", "one"])
+def test_with_no_valid_pair_or_a_single_one_loss_and_gradients_are_zero(valid):
+    mask = jnp.zeros(32, bool).at[jnp.array(valid, int)].set(True)
+    loss, gradients = value_and_gradients(*pairs(0), START, mask)
+    assert loss == 0
+    assert not any(np.any(x) for x in gradients), "zero, and not NaN"
+
+
+def test_pairs_that_are_not_valid_may_hold_anything():
+    img, txt = pairs(0)
+    valid = ALL.at[3].set(False).at[17].set(False)
+    found = value_and_gradients(img.at[3].set(1e6), txt.at[17].set(-1e6), START, valid)
+    jax.tree.map(np.testing.assert_array_equal, found, value_and_gradients(img, txt, START, valid))
+
+
+def test_bfloat16_embeddings_are_scored_in_float32():
+    img, txt = pairs(0, dtype=jnp.bfloat16)
+    loss = losses.softmax(img, txt, scale=START, valid_B=ALL)
+    assert loss.dtype == jnp.float32
+    wide = losses.softmax(jnp.float32(img), jnp.float32(txt), scale=START, valid_B=ALL)
+    np.testing.assert_array_equal(loss, wide)
+
+
+def test_images_and_texts_may_change_places():
+    img, txt = pairs(0)
+    one, other = (losses.softmax(a, b, scale=START, valid_B=ALL) for a, b in ((img, txt), (txt, img)))
+    np.testing.assert_allclose(one, other, rtol=2 * EPS)
