@@ -12,8 +12,8 @@ def get_config() -> Config:
     return Config(
         model=ModelConfig(variant="ViT-W64/4@16px"),
         data=DataConfig(train="tfds:captioned_digits:train", global_batch=128, crop_scale=(0.5, 1.0)),
-        optim=OptimConfig(learning_rate=2e-3, warmup_steps=100, weight_decay=0.1),
-        total_steps=1500,
+        optim=OptimConfig(learning_rate=2e-3, warmup_steps=100, weight_decay=0.1, clip_norm=1.0),
+        total_steps=700,
         log_every=20,
-        checkpoint_every=500,
+        checkpoint_every=350,
     )

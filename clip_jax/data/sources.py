@@ -3,6 +3,7 @@
 A spec names one: `tfds:NAME[:SPLIT]`. Everything downstream sees only `Source`.
 """
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -95,6 +96,8 @@ def _builder(name: str, data_dir: str | None):
     """Returns the builder of a data set that is ready to be read; makes an embedded one."""
     import tensorflow_datasets as tfds
 
+    if not sys.stderr.isatty():
+        tfds.disable_progress_bar()
     if name in EMBEDDED:
         register(name)
         try:

@@ -4,6 +4,7 @@ Orbax writes in the background, under a temporary name until all is there, and k
 """
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ from clip_jax.errors import UserError
 from clip_jax.models.clip import Params
 from clip_jax.sharding import path_of
 from clip_jax.training.state import TrainState
+
+# Orbax warns at every save that there was nothing to merge, which without OCDBT there never is.
+logging.getLogger("absl").addFilter(lambda record: "Skipping merge of OCDBT" not in record.getMessage())
 
 
 class Checkpoints:
