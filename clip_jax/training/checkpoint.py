@@ -17,8 +17,9 @@ from clip_jax.models.clip import Params
 from clip_jax.sharding import path_of
 from clip_jax.training.state import TrainState
 
-# Orbax warns at every save that there was nothing to merge, which without OCDBT there never is.
-logging.getLogger("absl").addFilter(lambda record: "Skipping merge of OCDBT" not in record.getMessage())
+# What Orbax warns of whenever OCDBT is not used, or a folder is opened only to be read: both are meant.
+_MEANT = ("Skipping merge of OCDBT", "CheckpointManagerOptions.read_only=True", "Given directory is read only")
+logging.getLogger("absl").addFilter(lambda record: not any(words in record.getMessage() for words in _MEANT))
 
 
 class Checkpoints:

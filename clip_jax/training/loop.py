@@ -70,6 +70,7 @@ def train(config: Config, workdir: Path, *, devices: list[jax.Device] | None = N
                     progress.show(step, scalars)
                 if every(config.checkpoint_every, step, config.total_steps):
                     checkpoints.save(state, _position(config, source, step))
+            progress.say(f"trained to step {config.total_steps}; the run is in {workdir}")
 
 
 def every(n: int, step: int, last: int) -> bool:

@@ -5,6 +5,7 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import rich.console
 import rich.progress
@@ -39,7 +40,7 @@ class MetricsLog:
         self._board.close()
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
+def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Returns the lines of a `metrics.jsonl`; a last line that a kill cut short is left out."""
     lines = path.read_text(encoding="utf-8").split("\n")
     return [json.loads(line) for line in lines[:-1]]
@@ -98,8 +99,8 @@ class Progress:
         )
         self._task = self._bar.add_task("", total=total_steps, completed=done, said="compiling")
         self._total_steps = total_steps
-        self._first, self._started = done, time.monotonic()
-        self._last_line = self._started
+        self._started = self._last_line = time.monotonic()
+        self._compiled: tuple[int, float] | None = None  # the first step shown, and when
 
     def __enter__(self) -> "Progress":
         self._bar.__enter__()
@@ -121,7 +122,11 @@ class Progress:
         said = f"loss {scalars['loss']:.4f} · {scalars['pairs_per_second']:,.0f} pairs/s"
         self._bar.update(self._task, said=said)
         now = time.monotonic()
-        if not self._console.is_terminal and (now - self._last_line > QUIET_SECONDS or step == self._total_steps):
-            left = (now - self._started) / (step - self._first) * (self._total_steps - step)
+        if self._compiled is None:
+            self._compiled = step, now
+            self.say(f"compiled, and at step {step} after {now - self._started:.1f} s")
+        elif not self._console.is_terminal and (now - self._last_line > QUIET_SECONDS or step == self._total_steps):
+            first, since = self._compiled
+            left = (now - since) / (step - first) * (self._total_steps - step)
             self.say(f"step {step}/{self._total_steps} · {said} · {left:.0f} s left")
             self._last_line = now
