@@ -5,6 +5,7 @@ wrong one are a usage page or a bare KeyError.
 """
 
 import ast
+import functools
 import runpy
 import sys
 import typing
@@ -20,9 +21,16 @@ from clip_jax.errors import UserError, nearest
 
 def run(main: Callable[[], None]) -> None:
     """Parses the command line, calls `main`, and exits: 0 done, 2 the user's mistake, anything else our bug."""
+    if {"--help", "-help", "-h"} & set(sys.argv[1:]):
+        print(sys.modules[main.__module__].__doc__, flags.FLAGS.main_module_help(), sep="\n")
+        sys.exit(0)
     try:
-        check_config_flags(sys.argv[1:])
+        nones = check_config_flags(sys.argv[1:])
+        sys.argv = _without(sys.argv, nones)  # config_flags reads it again
         _parse(sys.argv)
+        for path in nones:
+            *parents, name = path.split(".")
+            setattr(functools.reduce(getattr, parents, flags.FLAGS["config"].value), name, None)
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -55,11 +63,23 @@ def checked(config: Any) -> Config:
     return build(Config, dataclasses.asdict(config))
 
 
-def check_config_flags(args: list[str]) -> None:
-    """Raises UserError for a config file that is none, and for an override that names no field or has a wrong value."""
-    given = dict(_pairs(args))
+def _without(argv: list[str], fields: list[str]) -> list[str]:
+    """Returns the arguments without the overrides of some fields."""
+    kept, arguments = [], iter(argv)
+    for arg in arguments:
+        name, equals, _ = arg.lstrip("-").partition("=")
+        if not (arg.startswith("-") and name.removeprefix("config.") in fields):
+            kept.append(arg)
+        elif not equals:
+            next(arguments, None)
+    return kept
+
+
+def check_config_flags(args: list[str]) -> list[str]:
+    """Returns the fields that are set to None; refuses a config file that is none, and a wrong override."""
+    given, nones = dict(_pairs(args)), []
     if "config" not in given:
-        return
+        return nones
     config = _load(Path(given["config"]))
     fields = {path: hint for path, hint, _ in leaves(config)}
     for name, text in given.items():
@@ -70,6 +90,9 @@ def check_config_flags(args: list[str]) -> None:
             raise UserError(f"--{name}: no such field{nearest(path, fields)}")
         if not _readable(text, fields[path]):
             raise UserError(f"--{name}={text}: should be {type_name(fields[path])}")
+        if text.lower() == "none" and type(None) in typing.get_args(fields[path]):
+            nones.append(path)  # absl has no word for None: it would take the text, or refuse it
+    return nones
 
 
 def _pairs(args: list[str]):
@@ -83,9 +106,14 @@ def _pairs(args: list[str]):
 def _load(path: Path) -> Config:
     """Returns what a config file's `get_config` returns."""
     if not path.is_file():
-        there = sorted(str(p) for p in (path.parent if path.parent.is_dir() else Path("configs")).glob("*.py"))
+        there = {
+            str(file) for folder in (Path("configs"), path.parent) for file in folder.glob("*.py") if folder != Path()
+        }
         raise UserError(f"no config file {str(path)!r}{nearest(str(path), there) if there else ''}")
-    config = runpy.run_path(str(path)).get("get_config", lambda: None)()
+    try:
+        config = runpy.run_path(str(path)).get("get_config", lambda: None)()
+    except SyntaxError as error:
+        raise UserError(f"{path} is not a Python file: {error}") from error
     if not isinstance(config, Config):
         raise UserError(f"{path} should have a function get_config() that returns a clip_jax.config.Config")
     return config

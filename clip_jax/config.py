@@ -13,7 +13,7 @@ from typing import Any
 
 from clip_jax.errors import UserError, nearest
 
-COMPUTE_DTYPES = ("float32", "bfloat16", "float16", "float64")
+COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 REMAT_POLICIES = ("none", "full", "dots")
 
 
@@ -50,11 +50,11 @@ class DataConfig:
     num_workers: int = 0  # processes beside the training process, on each host
 
     def __post_init__(self):
-        _require(self.global_batch > 0, f"{self.global_batch=} must be at least 1")
+        _require(self.global_batch > 0, f"data.global_batch={self.global_batch} must be at least 1")
         low, high = self.crop_scale
-        _require(0 < low <= high <= 1, f"{self.crop_scale=} must be two shares, 0 < low <= high <= 1")
-        _require(self.num_threads > 0, f"{self.num_threads=} must be at least 1")
-        _require(self.num_workers >= 0, f"{self.num_workers=} must not be negative")
+        _require(0 < low <= high <= 1, f"data.crop_scale={self.crop_scale} must be two shares, 0 < low <= high <= 1")
+        _require(self.num_threads > 0, f"data.num_threads={self.num_threads} must be at least 1")
+        _require(self.num_workers >= 0, f"data.num_workers={self.num_workers} must not be negative")
 
 
 @dataclasses.dataclass
@@ -70,11 +70,14 @@ class OptimConfig:
     clip_norm: float | None = None  # of the global gradient; None: not clipped
 
     def __post_init__(self):
-        _require(self.learning_rate > 0, f"{self.learning_rate=} must be positive")
-        _require(self.warmup_steps >= 0, f"{self.warmup_steps=} must not be negative")
-        _require(self.weight_decay >= 0, f"{self.weight_decay=} must not be negative")
-        _require(0 <= self.b1 < 1 and 0 <= self.b2 < 1, f"{self.b1=} and {self.b2=} must be in [0, 1)")
-        _require(self.clip_norm is None or self.clip_norm > 0, f"{self.clip_norm=} must be positive, or None")
+        _require(self.learning_rate > 0, f"optim.learning_rate={self.learning_rate} must be positive")
+        _require(self.warmup_steps >= 0, f"optim.warmup_steps={self.warmup_steps} must not be negative")
+        _require(self.weight_decay >= 0, f"optim.weight_decay={self.weight_decay} must not be negative")
+        _require(0 <= self.b1 < 1 and 0 <= self.b2 < 1, f"optim.b1={self.b1} and optim.b2={self.b2} must be in [0, 1)")
+        _require(self.eps > 0, f"optim.eps={self.eps} must be positive")
+        _require(
+            self.clip_norm is None or self.clip_norm > 0, f"optim.clip_norm={self.clip_norm} must be positive, or None"
+        )
 
 
 @dataclasses.dataclass
@@ -87,8 +90,11 @@ class MeshConfig:
 
     def __post_init__(self):
         sizes = (self.data, self.fsdp, self.tensor)
-        _require(all(s == -1 or s > 0 for s in sizes), f"mesh sizes {sizes} must be positive, or -1 for what is left")
-        _require(sizes.count(-1) <= 1, f"only one of the mesh sizes (data, fsdp, tensor) = {sizes} may be -1")
+        _require(
+            all(s == -1 or s > 0 for s in sizes),
+            f"mesh (data, fsdp, tensor) = {sizes} must be positive, or -1: what is left",
+        )
+        _require(sizes.count(-1) <= 1, f"mesh (data, fsdp, tensor) = {sizes}: only one may be -1")
 
 
 @dataclasses.dataclass
@@ -100,12 +106,13 @@ class Config:
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     seed: int = 0  # of the parameters, the order of the data and its augmentation
-    total_steps: int = 1000
+    total_steps: int = 10_000
     log_every: int = 10  # steps
     checkpoint_every: int = 1000  # steps; the last step is always kept
     keep_checkpoints: int = 2  # the latest n stay
 
     def __post_init__(self):
+        _require(0 <= self.seed < 2**32, f"seed={self.seed} must be in [0, 2**32)")
         for name in ("total_steps", "log_every", "checkpoint_every", "keep_checkpoints"):
             _require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be at least 1")
         _require(

@@ -24,12 +24,21 @@ def softmax(
 
     A pair that is not valid is neither a positive nor anybody's negative: the result is that of the batch without it.
     Without any valid pair it is 0.
+
+    A row costs log Σⱼ exp lᵢⱼ − lᵢᵢ, written as softplus(log Σ_{j≠i} exp(lᵢⱼ − lᵢᵢ)): the same number, without the
+    difference of two large ones that would be all rounding once a model has learnt its pairs.
     """
     dtype = jnp.promote_types(jnp.result_type(img_BE, txt_BE), jnp.float32)
-    img_BE, txt_BE = img_BE.astype(dtype), txt_BE.astype(dtype)
+    img_BE = jnp.where(valid_B[:, None], img_BE, 0).astype(dtype)  # what is not valid may be NaN
+    txt_BE = jnp.where(valid_B[:, None], txt_BE, 0).astype(dtype)
     logits_BB = scale * jnp.matmul(img_BE, txt_BE.T, precision=jax.lax.Precision.HIGHEST)
     positive_B = jnp.diagonal(logits_BB)
-    image_to_text_B = jax.nn.logsumexp(jnp.where(valid_B[None, :], logits_BB, ABSENT), axis=1) - positive_B
-    text_to_image_B = jax.nn.logsumexp(jnp.where(valid_B[:, None], logits_BB, ABSENT), axis=0) - positive_B
+    negative_BB = valid_B[:, None] & valid_B & ~jnp.eye(len(valid_B), dtype=bool)
+
+    def cost(margin_BB: jax.Array, axis: int) -> jax.Array:
+        return jax.nn.softplus(jax.nn.logsumexp(jnp.where(negative_BB, margin_BB, ABSENT), axis=axis))
+
+    image_to_text_B = cost(logits_BB - positive_B[:, None], axis=1)
+    text_to_image_B = cost(logits_BB - positive_B, axis=0)
     pair_B = jnp.where(valid_B, (image_to_text_B + text_to_image_B) / 2, 0)
     return pair_B.sum() / jnp.maximum(valid_B.sum(), 1)

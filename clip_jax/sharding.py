@@ -68,7 +68,7 @@ def check_batch(global_batch: int, mesh: Mesh) -> None:
         below = global_batch // ways * ways
         raise UserError(
             f"data.global_batch={global_batch} cannot be split over data × fsdp = {ways} devices; "
-            f"the nearest that can are {below or ways} and {below + ways}"
+            f"the nearest that can {f'are {below} and {below + ways}' if below else f'is {ways}'}"
         )
 
 

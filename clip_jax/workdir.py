@@ -9,6 +9,7 @@ WORKDIR/tensorboard/          the scalars of metrics.jsonl
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 from clip_jax.config import Config, build, differences
@@ -52,10 +53,11 @@ class Workdir:
             content = json.loads(self.config_file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(f"{self.path} is not a run's folder: its config.json: {error}") from error
-        if not isinstance(content, dict) or {"config", "architecture"} - content.keys():
+        parts = [content.get(key) if isinstance(content, dict) else None for key in ("config", "architecture")]
+        if not all(isinstance(part, dict) for part in parts):
             raise UserError(f'{self.config_file} should be an object with "config" and "architecture"')
         try:
-            return build(Config, content["config"]), build(Architecture, content["architecture"])
+            return build(Config, parts[0]), build(Architecture, parts[1])
         except UserError as error:
             raise UserError(f"{self.config_file}: {error}") from error
 
@@ -65,7 +67,7 @@ class Workdir:
         Raises:
             UserError: another run's folder (names the fields that differ), or one that cannot be written.
         """
-        if self.config_file.exists():
+        if os.path.exists(self.config_file):  # noqa: PTH110 (a name that is too long is an error for Path.exists)
             old_config, old_architecture = self.read()
             changed = differences(old_config, config)
             if not changed and old_architecture != architecture:

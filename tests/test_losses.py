@@ -100,7 +100,7 @@ def test_float32_gives_what_its_cosines_allow_also_when_nearly_every_pair_is_fou
     assert_true(img, txt, jnp.float32(scale), ALL, bound=max(1e-6, scale * 64**0.5 * EPS))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 2**32 - 1), scale=st.floats(1, 100), valid=st.lists(st.booleans(), min_size=12, max_size=12))
 def test_any_mask_gives_the_batch_without_the_pairs_that_are_not_valid(seed, scale, valid):
     img, txt = pairs(seed, size=12, width=16)

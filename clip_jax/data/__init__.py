@@ -1,1 +1,1 @@
-"""Pairs from storage to the host's memory. Nothing here imports jax: worker processes stay small."""
+"""Pairs from storage to the host's memory. Nothing here imports jax."""

@@ -107,10 +107,13 @@ def _builder(name: str, data_dir: str | None):
             raise UserError(f"cannot make data set {name!r}: {error}; choose another data_dir") from error
         return builder
     try:
-        return tfds.builder(name, data_dir=data_dir, try_gcs=False)
-    except tfds.core.registered.DatasetNotFoundError:
-        known = [*EMBEDDED, *prepared(data_dir)]
-        raise UserError(f"no data set {name!r}{nearest(name, known)}") from None
+        builder = tfds.builder(name, data_dir=data_dir, try_gcs=False)
+    except (tfds.core.registered.DatasetNotFoundError, ValueError):
+        builder = None
+    if builder is None or not builder.is_prepared():
+        known = {*EMBEDDED, *prepared(data_dir)}
+        raise UserError(f"no data set {name!r}{nearest(name, known)}")
+    return builder
 
 
 def prepared(data_dir: str | None) -> list[str]:

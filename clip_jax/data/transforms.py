@@ -14,8 +14,13 @@ def decode(data: bytes) -> Image.Image:
     Raises:
         OSError: not an image, or a damaged one (PIL's own words).
     """
-    image = Image.open(io.BytesIO(data))
-    image.load()
+    try:
+        image = Image.open(io.BytesIO(data))
+        image.load()
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # PIL's readers raise what they like: SyntaxError, ValueError, DecompressionBombError
+        raise OSError(f"{type(error).__name__}: {error}") from error
     return image
 
 

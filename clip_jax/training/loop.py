@@ -22,8 +22,8 @@ def train(config: Config, workdir: Path, *, devices: list[jax.Device] | None = N
     """Trains as the config says, into `workdir`; resumes from its latest checkpoint when there is one.
 
     Raises:
-        UserError: anything about the config, the folder, the checkpoint or the data that the user can mend; then
-            nothing has been written.
+        UserError: anything about the config, the folder, the checkpoint or the data that the user can mend; a new run
+            has then written nothing, an old one is as it was.
     """
     # 1. What is computed, and where. Everything that can be wrong is found before anything is written.
     arch = architecture(config.model)

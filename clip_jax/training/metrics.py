@@ -2,14 +2,15 @@
 
 import contextlib
 import json
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import rich.console
 import rich.progress
-import tensorboardX
 
 from clip_jax.files import write_text
 from clip_jax.workdir import Workdir
@@ -23,7 +24,7 @@ class MetricsLog:
     def __init__(self, workdir: Workdir, *, resumed_at: int):
         _keep_until(workdir.metrics_file, resumed_at)
         self._file = workdir.metrics_file.open("a", encoding="utf-8")
-        self._board = tensorboardX.SummaryWriter(str(workdir.tensorboard), purge_step=resumed_at + 1)
+        self._board = _tensorboard().SummaryWriter(str(workdir.tensorboard), purge_step=resumed_at + 1)
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         """Writes one line, at once: a killed run keeps what it logged."""
@@ -38,6 +39,18 @@ class MetricsLog:
     def __exit__(self, *error) -> None:
         self._file.close()
         self._board.close()
+
+
+def _tensorboard() -> ModuleType:
+    """Returns tensorboardX, imported without PyTorch, which it would take along wherever that is installed."""
+    if hidden := "torch" not in sys.modules:
+        sys.modules["torch"] = None
+    try:
+        import tensorboardX
+    finally:
+        if hidden:
+            del sys.modules["torch"]
+    return tensorboardX
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The table of architectures: OpenAI's parameter counts, every name's shapes, and what is said of sizes that do not fit."""
+"""The table of architectures: OpenAI's parameter counts, every name's shapes, and what is said of bad sizes."""
 
 import math
 
@@ -62,14 +62,14 @@ def test_an_image_size_that_the_patch_does_not_divide_is_refused_with_the_neares
 
 
 def test_an_unknown_variant_is_refused_with_the_nearest():
-    with pytest.raises(UserError, match="'ViT-B32'.*'ViT-B/32'"):
+    with pytest.raises(UserError, match=r"'ViT-B32'.*'ViT-B/32'"):
         architecture(ModelConfig(variant="ViT-B32"))
     with pytest.raises(UserError, match=r"there are: .*ViT-B/16.*ViT-L/14@336px"):
         architecture(ModelConfig(variant="?"))
 
 
 def test_heads_must_divide_the_width_and_a_context_must_have_room():
-    with pytest.raises(UserError, match="width=64 .*num_heads=3"):
+    with pytest.raises(UserError, match=r"width=64 .*num_heads=3"):
         TextTower(context_length=16, vocab_size=9, width=64, depth=1, num_heads=3, mlp_dim=64)
     with pytest.raises(UserError, match="context_length=2"):
         architecture(ModelConfig(context_length=2))

@@ -139,9 +139,9 @@ def _draw_shape(pen: ImageDraw.ImageDraw, shape: str, x: float, y: float, radius
     elif shape == "square":
         polygon(4, math.pi / 4, 1.25 * radius)
     elif shape == "diamond":
-        polygon(4, 0, 1.2 * radius)
+        polygon(4, 0.0, 1.2 * radius)
     elif shape == "triangle":
-        polygon(3, 0, 1.2 * radius)
+        polygon(3, 0.0, 1.2 * radius)
     else:
         assert shape == "cross", shape
         pen.rectangle((x - radius, y - arm, x + radius, y + arm), fill=colour)

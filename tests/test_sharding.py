@@ -1,0 +1,176 @@
+"""The mesh, the table of rules, and the way of a batch onto the devices."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from clip_jax import optim, sharding
+from clip_jax.config import MeshConfig, OptimConfig
+from clip_jax.errors import UserError
+from clip_jax.models.clip import Definition
+from clip_jax.models.variants import VARIANTS
+from clip_jax.training.state import abstract_state
+from clip_jax.typing import Batch
+
+
+def paths(name: str) -> list[str]:
+    return [
+        sharding.path_of(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(Definition(VARIANTS[name]).shapes())
+    ]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_parameter_has_a_spec_that_fits_its_dimensions(name):
+    params = Definition(VARIANTS[name]).shapes()
+    specs = sharding.parameter_specs(params)
+    jax.tree.map(lambda x, spec: len(spec) <= x.ndim or pytest.fail(f"{spec} for {x.shape}"), params, specs)
+
+
+def test_every_rule_is_the_first_to_match_something():
+    taken = {
+        next(rule for rule in sharding.RULES if re.fullmatch(rule.pattern, path))
+        for name in VARIANTS
+        for path in paths(name)
+    }
+    assert taken == set(sharding.RULES)
+
+
+def test_whatever_is_large_is_split_and_what_multiplies_in_heads_or_mlp_is_split_over_tensor():
+    specs = sharding.parameter_specs(Definition(VARIANTS["ViT-L/14"]).shapes())
+    for keys, spec in jax.tree_util.tree_leaves_with_path(specs, is_leaf=lambda x: isinstance(x, P)):
+        path = sharding.path_of(keys)
+        if path.endswith(("kernel", "projection", "token_embedding")):
+            assert "fsdp" in spec, path
+        if "blocks" in path and path.endswith("kernel"):
+            assert "tensor" in spec, path
+            assert spec[0] is None, "the blocks' own dimension is scanned, not split"
+
+
+def test_a_parameter_without_a_rule_is_our_mistake_and_named():
+    with pytest.raises(AssertionError, match="image/novelty"):
+        sharding.parameter_specs({"image": {"novelty": jnp.zeros(3)}})
+
+
+# --- the mesh ---
+
+
+@pytest.mark.parametrize(
+    ("asked", "sizes"),
+    [
+        ((-1, 1, 1), (8, 1, 1)),
+        ((-1, 2, 2), (2, 2, 2)),
+        ((1, -1, 1), (1, 8, 1)),
+        ((2, 2, -1), (2, 2, 2)),
+        ((8, -1, 1), (8, 1, 1)),
+        ((2, 4, 1), (2, 4, 1)),
+    ],
+)
+def test_mesh_sizes_are_those_asked_for_and_minus_one_is_what_is_left(asked, sizes):
+    mesh = sharding.make_mesh(MeshConfig(*asked))
+    assert tuple(mesh.shape.items()) == tuple(zip(("data", "fsdp", "tensor"), sizes, strict=True))
+    assert {d.id for d in mesh.devices.flat} == {d.id for d in jax.devices()}
+
+
+@pytest.mark.parametrize("asked", [(-1, 3, 1), (3, 1, 1), (1, 1, 1), (16, 1, 1), (-1, 16, 1), (2, 2, 4)])
+def test_a_mesh_that_does_not_fit_the_devices_is_refused_with_its_sizes(asked):
+    with pytest.raises(UserError, match=rf"\({asked[0]}, {asked[1]}, {asked[2]}\).*8 devices"):
+        sharding.make_mesh(MeshConfig(*asked))
+
+
+def test_a_mesh_of_given_devices_has_no_others():
+    devices = jax.devices()[4:6]
+    assert set(sharding.make_mesh(MeshConfig(), devices).devices.flat) == set(devices)
+
+
+@pytest.mark.parametrize(("batch", "nearest"), [(10, "8 and 12"), (3, "is 4")])
+def test_a_batch_that_does_not_split_is_refused_with_the_nearest_that_do(batch, nearest):
+    mesh = sharding.make_mesh(MeshConfig(2, 2, 2))
+    with pytest.raises(UserError, match=rf"global_batch={batch} .* 4 devices.*{nearest}"):
+        sharding.check_batch(batch, mesh)
+    for good in (4, 8, 12):
+        sharding.check_batch(good, mesh)
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 8)])
+def test_a_batch_on_the_mesh_is_the_hosts_batch_and_split_over_data_and_fsdp(sizes):
+    mesh = sharding.make_mesh(MeshConfig(*sizes))
+    assert sharding.host_rows(16, mesh) == list(range(16)), "one host has all rows"
+    random = np.random.default_rng(0)
+    batch = Batch(
+        image=random.integers(0, 256, (16, 4, 4, 3), np.uint8),
+        tokens=random.integers(0, 9, (16, 5), np.int32),
+        valid=random.integers(0, 2, 16).astype(bool),
+    )
+    placed = sharding.to_mesh(batch, 16, mesh)
+    ways = sizes[0] * sizes[1]
+    for found, expected in zip(placed, batch, strict=True):
+        np.testing.assert_array_equal(found, expected)
+        assert found.dtype == expected.dtype
+        for shard in found.addressable_shards:
+            assert shard.data.shape[0] == 16 // ways
+            np.testing.assert_array_equal(shard.data, expected[shard.index])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "mine", "rows"),
+    [
+        ((4, 2, 1), [0, 1, 2, 3], range(8)),
+        ((4, 2, 1), [4, 5, 6, 7], range(8, 16)),
+        ((2, 2, 2), [2, 3], range(4, 8)),  # two devices along `tensor`: the same rows
+        ((2, 2, 2), [0, 2, 4, 6], range(16)),  # hosts that share a place on the batch axes …
+        ((2, 2, 2), [1, 3, 5, 7], range(16)),  # … read the same
+        ((8, 1, 1), [0, 5], [0, 1, 10, 11]),
+        ((1, 1, 8), [3], range(16)),
+    ],
+)
+def test_a_host_reads_the_rows_of_its_own_devices_each_once_and_in_order(sizes, mine, rows, monkeypatch):
+    mesh = sharding.make_mesh(MeshConfig(*sizes))
+    devices = [mesh.devices.flat[i] for i in mine]
+    everywhere = NamedSharding.devices_indices_map
+    monkeypatch.setattr(  # as if the others were another host's
+        NamedSharding, "addressable_devices_indices_map", lambda *args: {d: everywhere(*args)[d] for d in devices}
+    )
+    assert sharding.host_rows(16, mesh) == list(rows)
+
+
+# --- parameters and moments on the mesh ---
+
+
+def test_parameters_that_the_mesh_cannot_split_are_listed_all():
+    params = {
+        "image": {"projection": jnp.zeros((6, 5)), "patch_embed": {"kernel": jnp.zeros((2, 2, 3, 8))}},
+        "text": {"projection": jnp.zeros((7, 5)), "token_embedding": jnp.zeros((9, 8))},
+    }
+    mesh = sharding.make_mesh(MeshConfig(1, 4, 2))
+    with pytest.raises(UserError, match=r"image/projection \(6, 5\).*text/projection \(7, 5\)") as error:
+        sharding.check_divisible(params, sharding.parameter_specs(params), mesh)
+    assert "'fsdp': 4" in str(error.value)
+    assert "patch_embed" not in str(error.value)
+    assert "token_embedding" not in str(error.value)
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 8, 1), (8, 1, 1), (1, 2, 4)])
+def test_every_variant_fits_a_mesh_of_8(sizes):
+    mesh = sharding.make_mesh(MeshConfig(*sizes))
+    for architecture in VARIANTS.values():
+        params = Definition(architecture).shapes()
+        sharding.check_divisible(params, sharding.parameter_specs(params), mesh)
+
+
+@pytest.mark.parametrize("clip_norm", [None, 1.0])
+def test_moments_are_placed_as_their_parameters_and_counters_everywhere(clip_norm):
+    mesh = sharding.make_mesh(MeshConfig(2, 2, 2))
+    optimizer = optim.optimizer(OptimConfig(clip_norm=clip_norm), 10_000)
+    state = abstract_state(Definition(VARIANTS["ViT-W64/4@16px"]), optimizer, mesh)
+    places = jax.tree.map(lambda x: x.sharding, state.params)
+    for moment in ("mu", "nu"):
+        assert jax.tree.map(lambda x: x.sharding, optax.tree_utils.tree_get(state.optimizer, moment)) == places
+    assert state.step.sharding == NamedSharding(mesh, P())
+    counters = [x.sharding for x in jax.tree.leaves(state.optimizer) if x.dtype == jnp.int32]
+    assert set(counters) == {NamedSharding(mesh, P())}
