@@ -3,6 +3,7 @@
 # make test-full    everything, the full-size and long cases too
 # make test-latest  all that needs no PyTorch, on the newest JAX (needs a Python of 3.12 or later)
 # make lint         ruff
+# make clean        removes what these have set up, and leaves your runs
 # Each sets up what it needs, in folders that begin with .venv.
 
 SHELL := /bin/bash
@@ -66,4 +67,4 @@ $(VENV_LATEST)/.ready: setup.cfg
 	@touch $@
 
 clean:
-	rm -rf .venv $(VENV_TEST) $(VENV_LATEST) runs
+	rm -rf $(VENV) $(VENV_TEST) $(VENV_LATEST)

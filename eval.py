@@ -22,6 +22,8 @@ def main() -> None:
     command.require("model", "task", "dataset")
     source = open_source(DATASET.value, data_dir=DATA_DIR.value, default_split="test")
     model, _ = clip_jax.load(MODEL.value)
+    if OUTPUT.value is None and model.results is None:
+        command.require("output")
     output = OUTPUT.value or model.results / f"{source.name}_{source.split}_{TASK.value}.json"
     evaluate(model, source, TASK.value, output=output)
 

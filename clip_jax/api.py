@@ -30,7 +30,7 @@ class Model:
     params: Params = dataclasses.field(repr=False)
     name: str  # of the architecture, as results name it
     pretrained: str  # where the parameters come from
-    results: Path  # the folder where its evaluations go, unless told otherwise
+    results: Path | None = None  # where its evaluations go unless told otherwise; None: it is no run's
 
     @property
     def architecture(self) -> Architecture:
@@ -109,7 +109,7 @@ def load(source: str | os.PathLike) -> tuple[Model, ImagePreprocess]:
     workdir = Workdir(Path(source))
     if not workdir.path.is_dir():
         raise UserError(f"{str(source)!r} cannot be loaded: it is not a folder; give the workdir of a run")
-    config, architecture = workdir.read()
+    architecture = workdir.architecture()
     definition = Definition(architecture)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), definition.shapes())
@@ -119,5 +119,5 @@ def load(source: str | os.PathLike) -> tuple[Model, ImagePreprocess]:
             raise UserError(f"{workdir.path} has no checkpoint yet; train it first")
         params = checkpoints.restore_params(step, abstract)
     origin = f"{workdir.path}/checkpoints/{step}"
-    model = Model(definition, params, config.model.variant, origin, workdir.evaluation(step))
+    model = Model(definition, params, workdir.variant(), origin, workdir.evaluation(step))
     return model, ImagePreprocess(architecture)

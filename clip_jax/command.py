@@ -5,7 +5,9 @@ wrong one are a usage page or a bare KeyError.
 """
 
 import ast
+import dataclasses
 import functools
+import re
 import runpy
 import sys
 import typing
@@ -58,8 +60,6 @@ def require(*names: str) -> None:
 
 def checked(config: Any) -> Config:
     """Returns the config made anew, with every rule checked: flags set fields past their `__post_init__`."""
-    import dataclasses
-
     return build(Config, dataclasses.asdict(config))
 
 
@@ -80,7 +80,7 @@ def check_config_flags(args: list[str]) -> list[str]:
     given, nones = dict(_pairs(args)), []
     if "config" not in given:
         return nones
-    config = _load(Path(given["config"]))
+    config = load_config(Path(given["config"]))
     fields = {path: hint for path, hint, _ in leaves(config)}
     for name, text in given.items():
         if not name.startswith("config."):
@@ -103,7 +103,7 @@ def _pairs(args: list[str]):
             yield name, value if equals else (args[i + 1] if i + 1 < len(args) else "")
 
 
-def _load(path: Path) -> Config:
+def load_config(path: Path) -> Config:
     """Returns what a config file's `get_config` returns."""
     if not path.is_file():
         there = {
@@ -112,11 +112,21 @@ def _load(path: Path) -> Config:
         raise UserError(f"no config file {str(path)!r}{nearest(str(path), there) if there else ''}")
     try:
         config = runpy.run_path(str(path)).get("get_config", lambda: None)()
-    except SyntaxError as error:
-        raise UserError(f"{path} is not a Python file: {error}") from error
+    except Exception as error:  # whatever a user's file may raise
+        raise UserError(f"{path}: {_explained(error)}") from error
     if not isinstance(config, Config):
         raise UserError(f"{path} should have a function get_config() that returns a clip_jax.config.Config")
     return config
+
+
+def _explained(error: Exception) -> str:
+    """Returns what a config file did wrong, in one line; a field that does not exist with the nearest that does."""
+    if isinstance(error, UserError):
+        return str(error)
+    if unknown := re.search(r"unexpected keyword argument '(\w+)'", str(error)):
+        fields = [path.rpartition(".")[2] for path, _, _ in leaves(Config())]
+        return f"no such field {unknown[1]!r}{nearest(unknown[1], fields)}"
+    return f"{type(error).__name__}: {error}"
 
 
 def _readable(text: str, hint: Any) -> bool:

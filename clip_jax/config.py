@@ -1,8 +1,8 @@
 """The dataclasses of a whole run, and their validation: one owner per knob, no hidden defaults.
 
 `configs/*.py` return a `Config`; flags change its fields (`--config.optim.learning_rate=1e-3`) by setting attributes,
-which goes past `__post_init__`. So `build` makes the whole tree anew once parsing is over, and every rule holds then.
-The same function reads the `config.json` of a workdir.
+which goes past every check. So `build` makes the whole tree anew once parsing is over, and every rule holds then.
+The same function reads the `config.json` of a workdir; a field that an older one does not have takes its default.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from typing import Any
 
 from clip_jax.errors import UserError, nearest
 
-COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
+COMPUTE_DTYPES = ("float32", "bfloat16")
 REMAT_POLICIES = ("none", "full", "dots")
 
 
@@ -22,8 +22,22 @@ def _require(holds: bool, message: str) -> None:
         raise UserError(message)
 
 
+class Checked:
+    """A dataclass that looks at the types of its fields, then at its own rules, whenever it is made."""
+
+    def __post_init__(self):
+        section = type(self).__name__.removesuffix("Config").lower()
+        for name, hint in typing.get_type_hints(type(self)).items():
+            setattr(self, name, _convert(getattr(self, name), hint, f"{section}.{name}" if section else name))
+        self.check()
+
+    def check(self) -> None:
+        """Raises UserError for a rule that does not hold."""
+        raise NotImplementedError
+
+
 @dataclasses.dataclass
-class ModelConfig:
+class ModelConfig(Checked):
     """Which architecture, and how it is computed."""
 
     variant: str = "ViT-B/32"  # a name in clip_jax/models/variants.py
@@ -32,24 +46,27 @@ class ModelConfig:
     compute_dtype: str = "float32"  # parameters are float32 whatever this says
     remat: str = "none"  # what the backward pass computes again: nothing (none), all but products (dots), all (full)
 
-    def __post_init__(self):
+    def check(self) -> None:
         for name, known in (("compute_dtype", COMPUTE_DTYPES), ("remat", REMAT_POLICIES)):
             value = getattr(self, name)
             _require(value in known, f"model.{name}={value!r} is not one of {', '.join(known)}")
 
 
 @dataclasses.dataclass
-class DataConfig:
+class DataConfig(Checked):
     """Where pairs come from, and what is done to them on the host."""
 
     train: str = "tfds:captioned_digits:train"  # tfds:NAME[:SPLIT]
     data_dir: str | None = None  # where TFDS keeps its data sets; None: TFDS's own choice (~/tensorflow_datasets)
     global_batch: int = 256  # pairs a step, over all devices of all hosts
-    crop_scale: tuple[float, float] = (0.9, 1.0)  # share of the image's area that a random crop keeps; (1, 1): no crop
+    crop_scale: tuple[float, float] = (
+        0.9,
+        1.0,
+    )  # share of the area that a random square keeps, as far as the shape allows
     num_threads: int = 2  # that read and decode, on each host
     num_workers: int = 0  # processes beside the training process, on each host
 
-    def __post_init__(self):
+    def check(self) -> None:
         _require(self.global_batch > 0, f"data.global_batch={self.global_batch} must be at least 1")
         low, high = self.crop_scale
         _require(0 < low <= high <= 1, f"data.crop_scale={self.crop_scale} must be two shares, 0 < low <= high <= 1")
@@ -58,18 +75,18 @@ class DataConfig:
 
 
 @dataclasses.dataclass
-class OptimConfig:
+class OptimConfig(Checked):
     """AdamW with linear warm-up and cosine decay to zero; the defaults are the CLIP paper's for a ViT (table 19)."""
 
     learning_rate: float = 5e-4  # at the end of the warm-up
     warmup_steps: int = 2000
-    weight_decay: float = 0.2  # decoupled; kernels and embeddings only
+    weight_decay: float = 0.2  # decoupled; on what the table in clip_jax/optim.py says
     b1: float = 0.9
     b2: float = 0.98
     eps: float = 1e-6
     clip_norm: float | None = None  # of the global gradient; None: not clipped
 
-    def __post_init__(self):
+    def check(self) -> None:
         _require(self.learning_rate > 0, f"optim.learning_rate={self.learning_rate} must be positive")
         _require(self.warmup_steps >= 0, f"optim.warmup_steps={self.warmup_steps} must not be negative")
         _require(self.weight_decay >= 0, f"optim.weight_decay={self.weight_decay} must not be negative")
@@ -81,14 +98,14 @@ class OptimConfig:
 
 
 @dataclasses.dataclass
-class MeshConfig:
+class MeshConfig(Checked):
     """How many devices each mesh axis has; at most one may be -1: all that are left."""
 
     data: int = -1  # replicas of the parameters
     fsdp: int = 1  # parameters and batch are split
     tensor: int = 1  # heads and MLP are split
 
-    def __post_init__(self):
+    def check(self) -> None:
         sizes = (self.data, self.fsdp, self.tensor)
         _require(
             all(s == -1 or s > 0 for s in sizes),
@@ -98,7 +115,7 @@ class MeshConfig:
 
 
 @dataclasses.dataclass
-class Config:
+class Config(Checked):
     """A whole run."""
 
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
@@ -111,7 +128,7 @@ class Config:
     checkpoint_every: int = 1000  # steps; the last step is always kept
     keep_checkpoints: int = 2  # the latest n stay
 
-    def __post_init__(self):
+    def check(self) -> None:
         _require(0 <= self.seed < 2**32, f"seed={self.seed} must be in [0, 2**32)")
         for name in ("total_steps", "log_every", "checkpoint_every", "keep_checkpoints"):
             _require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be at least 1")
@@ -139,21 +156,25 @@ def build(cls: type, values: dict[str, Any], at: str = ""):
     """Returns the dataclass `cls` made of nested plain values, types and rules checked.
 
     Raises:
-        UserError: an unknown or missing field, a value of the wrong type, or a rule of `cls` that does not hold.
+        UserError: an unknown field, one missing that has no default, a wrong type, or a rule that does not hold.
     """
-    hints = typing.get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls)}
     for name in values:
-        if name not in hints:
-            raise UserError(f"unknown field {at + name!r}{nearest(at + name, [at + h for h in hints])}")
-    if missing := [at + name for name in hints if name not in values]:
+        if name not in fields:
+            raise UserError(f"unknown field {at + name!r}{nearest(at + name, [at + field for field in fields])}")
+    needed = [name for name, field in fields.items() if field.default is field.default_factory is dataclasses.MISSING]
+    if missing := [at + name for name in needed if name not in values]:
         raise UserError(f"missing fields: {', '.join(missing)}")
-    return cls(**{name: _convert(values[name], hint, at + name) for name, hint in hints.items()})
+    hints = typing.get_type_hints(cls)
+    return cls(**{name: _convert(value, hints[name], at + name) for name, value in values.items()})
 
 
 def _convert(value: Any, hint: Any, at: str) -> Any:
     """Returns `value` as the type `hint`; what JSON and flags blur (1 for 1.0, a list for a tuple) is put right."""
     if dataclasses.is_dataclass(hint) and isinstance(value, dict):
         return build(hint, value, at + ".")
+    if dataclasses.is_dataclass(hint) and isinstance(value, hint):
+        return value
     if isinstance(hint, types.UnionType):  # `X | None` is the only union in use
         return None if value is None else _convert(value, typing.get_args(hint)[0], at)
     if typing.get_origin(hint) is tuple and isinstance(value, tuple | list):

@@ -1,4 +1,4 @@
-"""The optimiser: AdamW with decoupled weight decay on what multiplies, warm-up and cosine (CLIP, section 2.5)."""
+"""The optimiser: AdamW with decoupled weight decay, not on gains and biases; warm-up and cosine (CLIP, section 2.5)."""
 
 import jax
 import optax

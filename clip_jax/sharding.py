@@ -106,11 +106,6 @@ def check_divisible(params: Any, specs: Any, mesh: Mesh) -> None:
         raise UserError(f"mesh {dict(mesh.shape)} cannot split: {'; '.join(problems)}; make fsdp or tensor smaller")
 
 
-def shardings(specs: Any, mesh: Mesh) -> Any:
-    """Returns a NamedSharding for every spec."""
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, P))
-
-
 def host_rows(global_batch: int, mesh: Mesh) -> list[int]:
     """Returns the rows of the global batch that this host's devices hold, in order.
 

@@ -4,6 +4,7 @@
     P patches                      L sequence                    M attended-to sequence
     D tower width                  F MLP width                   N heads
     K head width                   E joint embedding             V vocabulary
+    A texts, where they are not as many as images                T queries, keys and values: 3
 
 Names carry shapes where shapes change: `q_BLNK` has the dimensions B, L, N and K; einsum letters are the same.
 jaxtyping is only needed where shapes are checked, which is in the tests: without it the signatures are words.
@@ -12,7 +13,7 @@ jaxtyping is only needed where shapes are checked, which is in the tests: withou
 from typing import TYPE_CHECKING, NamedTuple
 
 try:
-    from jaxtyping import Bool, Float, Int, Num, UInt8
+    from jaxtyping import Bool, Float, Int, UInt8
 except ImportError:
     if not TYPE_CHECKING:
 
@@ -22,11 +23,11 @@ except ImportError:
             def __class_getitem__(cls, _):
                 return cls
 
-        Bool = Float = Int = Num = UInt8 = _Unchecked
+        Bool = Float = Int = UInt8 = _Unchecked
 
 import numpy as np
 
-__all__ = ["Batch", "Bool", "Float", "Int", "Num", "UInt8"]
+__all__ = ["Batch", "Bool", "Float", "Int", "UInt8"]
 
 
 class Batch(NamedTuple):

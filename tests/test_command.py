@@ -147,6 +147,38 @@ def test_a_config_file_that_is_none_is_refused_with_those_that_are(file, words, 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("Config(model=ModelConfig(varient='ViT-B/32'))", ["'varient'", "did you mean 'variant'"]),
+        ("Config(optim=OptimConfig(learning_rate=-1.0))", ["optim.learning_rate=-1.0", "must be positive"]),
+        ("Config(total_steps=undefined)", ["NameError", "undefined"]),
+        ("3", ["get_config"]),
+    ],
+)
+def test_a_mistake_in_a_config_file_is_said_in_one_line(body, words, refusal, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(f"from clip_jax.config import *\n\ndef get_config():\n    return {body}\n")
+    said = refusal(f"--config={file}", f"--workdir={tmp_path / 'run'}")
+    assert [word for word in [str(file), *words] if word not in said] == [], said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_value_of_the_wrong_type_in_a_config_file_is_said_in_one_line(tmp_path):
+    file = tmp_path / "mine.py"
+    data = "DataConfig(crop_scale=(0, 1), global_batch='128')"
+    file.write_text(f"from clip_jax.config import *\n\ndef get_config():\n    return Config(data={data})\n")
+    command = [
+        sys.executable,
+        "train.py",
+        f"--config={file}",
+        "--workdir=runs/none",
+    ]  # here types are checked by pytest
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert done.stderr == f"error: {file}: data.global_batch='128' should be int\n"
+
+
 @pytest.mark.parametrize("place", ["file", "file/run", "n" * 300], ids=["a file", "below a file", "a name too long"])
 def test_a_workdir_that_cannot_be_written_is_refused_by_its_path(place, refusal, data, tmp_path):
     (tmp_path / "file").write_text("kept")

@@ -57,14 +57,14 @@ class TrainingPairs:
         epoch, index = self.order[self.first + step * self.global_batch + self.rows[row]]
         random = randomness(self.order.seed, epoch, index)
         record = self.source[index]
-        return _pair(
-            lambda: transforms.random_crop(
-                transforms.decode(record.image), self.image_size, scale=self.crop_scale, random=random
-            ),
-            record.captions[random.integers(len(record.captions))],
-            self.image_size,
-            self.context_length,
-        )
+        caption = record.captions[random.integers(len(record.captions))]
+        try:
+            image = transforms.decode(record.image)
+            pixels, valid = transforms.random_crop(image, self.image_size, scale=self.crop_scale, random=random), True
+        except OSError as error:
+            warnings.warn(f"left out image {index} of {self.source.name}:{self.source.split}: {error}", stacklevel=2)
+            pixels, valid = np.zeros((self.image_size, self.image_size, 3), np.uint8), False
+        return Batch(pixels, tokenizer.tokenize(caption, self.context_length, truncate=True)[0], np.bool_(valid))
 
 
 def training_batches(pairs: TrainingPairs, *, num_threads: int, num_workers: int) -> Iterator[Batch]:
@@ -104,13 +104,3 @@ def evaluation_batches(
         images = np.zeros((batch, image_size, image_size, 3), np.uint8)
         images[: len(part)] = [image for image, _ in part]
         yield images, [record for _, record in part]
-
-
-def _pair(image, caption: str, image_size: int, context_length: int) -> Batch:
-    """Returns one row; an image that cannot be read becomes a pair that is not valid."""
-    tokens = tokenizer.tokenize(caption, context_length, truncate=True)[0]
-    try:
-        return Batch(image(), tokens, np.bool_(True))
-    except OSError as error:
-        warnings.warn(f"left out an image that cannot be read: {error}", stacklevel=2)
-        return Batch(np.zeros((image_size, image_size, 3), np.uint8), tokens, np.bool_(False))

@@ -10,7 +10,8 @@ import rich.console
 import rich.progress
 
 from clip_jax.data.pipeline import evaluation_batches
-from clip_jax.data.sources import Record, Source
+from clip_jax.data.sources import Source
+from clip_jax.errors import UserError
 from clip_jax.models.clip import l2_normalise, normalise_pixels
 from clip_jax.models.variants import Architecture
 from clip_jax.typing import Float, Int
@@ -21,6 +22,8 @@ BATCH = 256  # images or texts a call: one compiled shape
 @runtime_checkable
 class TextEncoder(Protocol):
     """What evaluation asks of a model for texts."""
+
+    pretrained: str
 
     def tokenize(self, texts: Sequence[str], truncate: bool = False) -> Int[np.ndarray, "B L"]: ...
 
@@ -33,22 +36,26 @@ class Encoder(TextEncoder, Protocol):
 
     architecture: Architecture
     name: str
-    pretrained: str
 
     def encode_image(self, image_BHWC: jax.Array) -> jax.Array: ...
 
 
 class Encoded(NamedTuple):
-    """A data set's images as the model sees them, and their records."""
+    """A data set's images as the model sees them, and what is known of them; the pixels stay in the source."""
 
     img_BE: Float[np.ndarray, "B E"]  # L2-normalised
-    records: list[Record]
+    labels: list[int | None]
+    captions: list[tuple[str, ...]]
 
 
 def encode_images(model: Encoder, source: Source) -> Encoded:
-    """Returns the L2-normalised embedding of every image, in the order of the source."""
+    """Returns the L2-normalised embedding of every image, in the order of the source.
+
+    Raises:
+        UserError: an image that cannot be read, or embeddings that are not finite.
+    """
     arch = model.architecture
-    features, records = [], []
+    features, labels, captions = [], [], []
     batches = evaluation_batches(source, image_size=arch.image.image_size, batch=BATCH)
     console = rich.console.Console(stderr=True)
     total = -(-len(source) // BATCH)
@@ -57,8 +64,9 @@ def encode_images(model: Encoder, source: Source) -> Encoded:
     ):
         embeddings = l2_normalise(model.encode_image(normalise_pixels(jnp.asarray(images), arch.preprocess)))
         features.append(np.asarray(embeddings)[: len(part)])
-        records += part
-    return Encoded(np.concatenate(features), records)
+        labels += [record.label for record in part]
+        captions += [record.captions for record in part]
+    return Encoded(_finite(np.concatenate(features), model), labels, captions)
 
 
 def encode_texts(model: TextEncoder, texts: Sequence[str]) -> Float[np.ndarray, "B E"]:
@@ -68,4 +76,13 @@ def encode_texts(model: TextEncoder, texts: Sequence[str]) -> Float[np.ndarray, 
         tokens = model.tokenize(texts[start : start + BATCH], truncate=True)
         padded = np.pad(tokens, ((0, BATCH - len(tokens)), (0, 0)))
         features.append(np.asarray(l2_normalise(model.encode_text(jnp.asarray(padded))))[: len(tokens)])
-    return np.concatenate(features)
+    return _finite(np.concatenate(features), model)
+
+
+def _finite(features_BE: Float[np.ndarray, "B E"], model: TextEncoder) -> Float[np.ndarray, "B E"]:
+    """Returns the features; NaN compares with nothing, so every metric of a diverged model would be perfect."""
+    if not np.isfinite(features_BE).all():
+        raise UserError(
+            f"{model.pretrained} gives embeddings that are not finite: it has diverged; take an earlier one"
+        )
+    return features_BE

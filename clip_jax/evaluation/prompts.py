@@ -9,13 +9,6 @@ TEMPLATES = {
         "this is the numeral {}",
         "a picture of the handwritten digit {}",
     ),
-    "captioned_shapes": (
-        "a {}",
-        "a small {}",
-        "a large {} on a white background",
-        "a {} in the centre on a grey background",
-        "a picture of a {}",
-    ),
 }
 
 GENERIC = ("a photo of a {}.", "a picture of a {}.", "an image of a {}.")

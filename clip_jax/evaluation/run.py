@@ -1,5 +1,6 @@
 """One model, one task, one data set: a table on the screen, a JSON file, pictures beside it."""
 
+import itertools
 import json
 import os
 from collections.abc import Callable
@@ -9,11 +10,12 @@ from typing import NamedTuple
 import numpy as np
 import rich.console
 import rich.table
+import rich.text
 
 from clip_jax.data.sources import Source
 from clip_jax.errors import UserError, nearest
 from clip_jax.evaluation import report, retrieval, zero_shot
-from clip_jax.evaluation.encode import Encoded, Encoder, encode_images, encode_texts
+from clip_jax.evaluation.encode import Encoder, encode_images, encode_texts
 from clip_jax.evaluation.prompts import templates_for
 from clip_jax.files import write_text
 
@@ -38,12 +40,12 @@ def zeroshot_classification(model: Encoder, source: Source) -> Result:
     templates = templates_for(source.name)
     images = encode_images(model, source)
     classes = zero_shot.classifier(model, names, templates)
-    labels = np.array([record.label for record in images.records])
+    labels = np.array(images.labels)
     predictions = zero_shot.Predictions(images.img_BE @ classes.T, labels)
     metrics = zero_shot.metrics(predictions)
     title = f"{source.name}:{source.split}, zero-shot: {100 * metrics['acc1']:.1f} % right"
     prompts = [templates[0].format(name) for name in names]
-    matches = _matches(images, prompts, predictions.scores.T, lambda i, c: labels[i] == c)
+    matches = _matches(source, prompts, predictions.scores.T, lambda i, c: labels[i] == c)
     predicted = predictions.scores.argmax(axis=1)
     return Result(
         metrics,
@@ -57,8 +59,8 @@ def zeroshot_classification(model: Encoder, source: Source) -> Result:
 def zeroshot_retrieval(model: Encoder, source: Source) -> Result:
     """Returns how often texts find their image, and images one of their texts."""
     images = encode_images(model, source)
-    texts = [caption for record in images.records for caption in record.captions]
-    image_of_text = np.repeat(np.arange(len(images.records)), [len(r.captions) for r in images.records])
+    texts = list(itertools.chain.from_iterable(images.captions))
+    image_of_text = np.repeat(np.arange(len(source)), [len(captions) for captions in images.captions])
     embeddings = encode_texts(model, texts)
     metrics = retrieval.metrics(
         retrieval.image_ranks(embeddings, images.img_BE, image_of_text),
@@ -66,7 +68,7 @@ def zeroshot_retrieval(model: Encoder, source: Source) -> Result:
     )
     shown = np.linspace(0, len(texts) - 1, SHOWN_CAPTIONS).astype(int)
     captions, scores = [texts[t] for t in shown], embeddings[shown] @ images.img_BE.T
-    matches = _matches(images, captions, scores, lambda i, c: image_of_text[shown[c]] == i)
+    matches = _matches(source, captions, scores, lambda i, c: image_of_text[shown[c]] == i)
     title = f"nearest images, {source.name}:{source.split}"
     return Result(metrics, {"matches": lambda path: report.best_matches(path, matches, title)})
 
@@ -101,17 +103,18 @@ def evaluate(model: Encoder, source: Source, task: str, *, output: str | os.Path
     return result
 
 
-def _matches(images: Encoded, captions: list[str], scores: np.ndarray, right: Callable[[int, int], bool]):
+def _matches(source: Source, captions: list[str], scores: np.ndarray, right: Callable[[int, int], bool]):
     """Returns the best images for each caption; `scores` is [captions, images]."""
     rows = []
     for c, caption in enumerate(captions):
-        best = np.argsort(-scores[c], kind="stable")[:SHOWN_MATCHES]
-        rows.append(report.Matches(caption, [images.records[i].image for i in best], [bool(right(i, c)) for i in best]))
+        best = np.argsort(-scores[c], kind="stable")[:SHOWN_MATCHES].tolist()
+        rows.append(report.Matches(caption, [source[i].image for i in best], [bool(right(i, c)) for i in best]))
     return rows
 
 
 def _print(result: dict, source: Source, files: list[Path]) -> None:
-    table = rich.table.Table(title=f"{result['task']} · {source.name}:{source.split} · {len(source):,} images")
+    title = f"{result['task']} · {source.name}:{source.split} · {len(source):,} images"
+    table = rich.table.Table(title=rich.text.Text(title), min_width=len(title) + 2)
     table.add_column("metric")
     table.add_column("value", justify="right")
     for name, value in result["metrics"].items():
@@ -119,4 +122,4 @@ def _print(result: dict, source: Source, files: list[Path]) -> None:
     console = rich.console.Console()
     console.print(table)
     for file in files:
-        console.print(str(file), soft_wrap=True, highlight=False)
+        console.print(str(file), soft_wrap=True, highlight=False, markup=False, emoji=False)

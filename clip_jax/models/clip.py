@@ -53,7 +53,8 @@ class CLIP(nnx.Module):
         self, img_BE: Float[jax.Array, "B E"], txt_AE: Float[jax.Array, "A E"]
     ) -> tuple[Float[jax.Array, "B A"], Float[jax.Array, "A B"]]:
         """Returns (logits_per_image, logits_per_text) of embeddings that are not normalised yet."""
-        logits_BA = self.scale() * l2_normalise(img_BE) @ l2_normalise(txt_AE).T
+        cosines_BA = jnp.matmul(l2_normalise(img_BE), l2_normalise(txt_AE).T, precision=jax.lax.Precision.HIGHEST)
+        logits_BA = self.scale() * cosines_BA
         return logits_BA, logits_BA.T
 
 
@@ -67,7 +68,7 @@ class Definition:
 
     def init(self, key: jax.Array) -> Params:
         """Returns parameters as OpenAI initialises them."""
-        return nnx.to_pure_dict(nnx.state(self._build(key)))
+        return nnx.to_pure_dict(nnx.state(self._build(key), nnx.Param))
 
     def shapes(self) -> Params:
         """Returns the parameters' shapes and dtypes, computing nothing."""

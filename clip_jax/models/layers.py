@@ -46,7 +46,7 @@ class LayerNorm(nnx.Module):
         return (normalised * self.scale[...] + self.bias[...]).astype(x.dtype)
 
 
-class Projection(nnx.Module):
+class Linear(nnx.Module):
     """A kernel and a bias; the caller's einsum says which dimensions meet."""
 
     def __init__(self, kernel: nnx.Param, bias: nnx.Param):
@@ -61,7 +61,7 @@ class Projection(nnx.Module):
 class Attention(nnx.Module):
     """Multi-head self-attention, causal or not; queries, keys and values come from one product (T counts the three)."""
 
-    def __init__(self, *, qkv: Projection, out: Projection, causal: bool):
+    def __init__(self, *, qkv: Linear, out: Linear, causal: bool):
         self.qkv = qkv  # kernel [D, T, N, K]
         self.out = out  # kernel [N, K, D]
         self.causal = causal
@@ -80,7 +80,7 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """Two projections with a QuickGELU between them."""
 
-    def __init__(self, *, up: Projection, down: Projection):
+    def __init__(self, *, up: Linear, down: Linear):
         self.up = up  # kernel [D, F]
         self.down = down  # kernel [F, D]
 

@@ -33,7 +33,7 @@ class TextTransformer(nnx.Module):
         seen: a batch may be cut to its longest caption, and the result is the same.
         """
         length = tokens_BL.shape[1]
-        x_BLD = self.token_embedding[...].astype(self.dtype)[tokens_BL]
+        x_BLD = self.token_embedding[...][tokens_BL].astype(self.dtype)  # so that gradients add up in float32
         x_BLD = x_BLD + self.positional_embedding[...].astype(self.dtype)[:length]
         x_BLD = transformer.run(self.blocks, x_BLD, remat=self.remat)
         eot_B = tokens_BL.argmax(-1)

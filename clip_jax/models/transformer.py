@@ -3,7 +3,7 @@
 import jax
 from flax import nnx
 
-from clip_jax.models.layers import MLP, Attention, LayerNorm, Projection, normal, uniform, zeros
+from clip_jax.models.layers import MLP, Attention, LayerNorm, Linear, normal, uniform, zeros
 from clip_jax.typing import Float
 
 # What the backward pass finds in memory, by the config's word; the rest is computed again.
@@ -36,15 +36,13 @@ def image_block(key: jax.Array, width: int, num_heads: int, mlp_dim: int) -> Blo
     return Block(
         width,
         attention=Attention(
-            qkv=Projection(uniform(qkv, (width, 3, *heads), xavier), zeros((3, *heads))),
-            out=Projection(uniform(out, (*heads, width), width**-0.5), zeros((width,))),
+            qkv=Linear(uniform(qkv, (width, 3, *heads), xavier), zeros((3, *heads))),
+            out=Linear(uniform(out, (*heads, width), width**-0.5), zeros((width,))),
             causal=False,
         ),
         mlp=MLP(
-            up=Projection(uniform(up, (width, mlp_dim), width**-0.5), uniform(up_bias, (mlp_dim,), width**-0.5)),
-            down=Projection(
-                uniform(down, (mlp_dim, width), mlp_dim**-0.5), uniform(down_bias, (width,), mlp_dim**-0.5)
-            ),
+            up=Linear(uniform(up, (width, mlp_dim), width**-0.5), uniform(up_bias, (mlp_dim,), width**-0.5)),
+            down=Linear(uniform(down, (mlp_dim, width), mlp_dim**-0.5), uniform(down_bias, (width,), mlp_dim**-0.5)),
         ),
     )
 
@@ -57,13 +55,13 @@ def text_block(key: jax.Array, width: int, num_heads: int, mlp_dim: int, *, dept
     return Block(
         width,
         attention=Attention(
-            qkv=Projection(normal(qkv, (width, 3, *heads), width**-0.5), zeros((3, *heads))),
-            out=Projection(normal(out, (*heads, width), residual), zeros((width,))),
+            qkv=Linear(normal(qkv, (width, 3, *heads), width**-0.5), zeros((3, *heads))),
+            out=Linear(normal(out, (*heads, width), residual), zeros((width,))),
             causal=True,
         ),
         mlp=MLP(
-            up=Projection(normal(up, (width, mlp_dim), (2 * width) ** -0.5), uniform(up_bias, (mlp_dim,), width**-0.5)),
-            down=Projection(normal(down, (mlp_dim, width), residual), uniform(down_bias, (width,), mlp_dim**-0.5)),
+            up=Linear(normal(up, (width, mlp_dim), (2 * width) ** -0.5), uniform(up_bias, (mlp_dim,), width**-0.5)),
+            down=Linear(normal(down, (mlp_dim, width), residual), uniform(down_bias, (width,), mlp_dim**-0.5)),
         ),
     )
 

@@ -1,7 +1,7 @@
 """The architectures by name: what a parameter means, apart from how and where it is computed.
 
-An `Architecture` travels with every checkpoint and export, so that weights never meet the wrong patch size, activation
-or pixel normalisation. It is plain data: this file imports no jax.
+An `Architecture` travels with every checkpoint and export, so that weights never meet the wrong patch size or
+pixel normalisation. It is plain data: this file imports no jax.
 """
 
 import dataclasses

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 from clip_jax.errors import UserError
@@ -57,29 +58,44 @@ class Checkpoints:
         """Returns the state of a step, every array in the place that `abstract` gives it.
 
         Raises:
-            UserError: parameters or optimiser are not those expected; lists all that differ.
+            UserError: damaged, or parameters or optimiser are not those expected; lists all that differ.
         """
-        metadata = self._manager.item_metadata(step)
-        _check_tree(f"{self.folder}/{step}/params", metadata.params.tree, abstract.params)
-        _check_tree(f"{self.folder}/{step}/optimizer", metadata.optimizer.tree, abstract.optimizer)
-        restored = self._manager.restore(
-            step, args=ocp.args.Composite(params=_restore(abstract.params), optimizer=_restore(abstract.optimizer))
-        )
+        restored = self._restore(step, params=abstract.params, optimizer=abstract.optimizer)
         counter = jax.device_put(jnp.int32(step), abstract.step.sharding)
-        return TrainState(step=counter, params=restored.params, optimizer=restored.optimizer)
+        return TrainState(step=counter, params=restored["params"], optimizer=restored["optimizer"])
 
     def restore_params(self, step: int, abstract: Params) -> Params:
         """Returns the parameters alone, every array in the place that `abstract` gives it.
 
         Raises:
-            UserError: the parameters are not those expected; lists all that differ.
+            UserError: damaged, or the parameters are not those expected; lists all that differ.
         """
-        _check_tree(f"{self.folder}/{step}/params", self._manager.item_metadata(step).params.tree, abstract)
-        return self._manager.restore(step, args=ocp.args.Composite(params=_restore(abstract))).params
+        return self._restore(step, params=abstract)["params"]
+
+    def _restore(self, step: int, **trees: Any) -> dict[str, Any]:
+        """Returns the named items, each in the shapes and places of its tree."""
+        for name, tree in trees.items():
+            _check_tree(self.folder / str(step) / name, tree)
+        items = {
+            name: ocp.args.PyTreeRestore(item=tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree))
+            for name, tree in trees.items()
+        }
+        try:
+            restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+        except Exception as error:
+            raise self._damaged(step, error) from error
+        return {name: restored[name] for name in trees}
+
+    def _damaged(self, step: int, error: Exception) -> UserError:
+        said = str(error).split("\n")[0] or type(error).__name__
+        return UserError(f"checkpoint {self.folder}/{step} is damaged ({said}); remove it to go on from the one before")
 
     def position(self, step: int) -> dict[str, Any]:
         """Returns the place in the data that was saved with a step."""
-        return self._manager.restore(step, args=ocp.args.Composite(position=ocp.args.JsonRestore())).position
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(position=ocp.args.JsonRestore())).position
+        except Exception as error:
+            raise self._damaged(step, error) from error
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -100,19 +116,27 @@ def check_position(saved: dict[str, Any], current: dict[str, Any]) -> None:
         raise UserError(f"the data is not what the run was reading ({'; '.join(changed)}); choose another workdir")
 
 
-def _restore(abstract: Any) -> ocp.args.PyTreeRestore:
-    return ocp.args.PyTreeRestore(item=abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract))
-
-
-def _check_tree(where: str, stored: Any, expected: Any) -> None:
-    """Raises UserError that lists every array which is missing, unexpected or of another shape."""
-
-    def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-        return {path_of(keys): tuple(leaf.shape) for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-    found, wanted = shapes(stored), shapes(expected)
+def _check_tree(folder: Path, tree: Any) -> None:
+    """Raises UserError that lists every array which is missing, unexpected, or of another type or shape."""
+    wanted = {
+        path_of(keys): _description(leaf.dtype, leaf.shape) for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+    found = {array.parent.name.replace(".", "/"): _stored(array) for array in folder.glob("*/.zarray")}
     problems = [f"missing {path}" for path in wanted if path not in found]
     problems += [f"unexpected {path}" for path in found if path not in wanted]
-    problems += [f"{p} has shape {found[p]}, not {wanted[p]}" for p in wanted if p in found and found[p] != wanted[p]]
+    problems += [f"{p} is {found[p]}, not {wanted[p]}" for p in wanted if p in found and found[p] != wanted[p]]
     if problems:
-        raise UserError(f"{where} does not fit the model: {'; '.join(problems)}")
+        raise UserError(f"{folder} does not fit the model: {'; '.join(problems)}")
+
+
+def _stored(array: Path) -> str:
+    """Returns what an array's own header says it is."""
+    try:
+        header = json.loads(array.read_text())
+        return _description(header["dtype"], header["shape"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"unreadable ({error})"
+
+
+def _description(dtype: Any, shape: Any) -> str:
+    return f"{np.dtype(dtype)} {tuple(shape)}"

@@ -33,16 +33,19 @@ def train(config: Config, workdir: Path, *, devices: list[jax.Device] | None = N
     schedule = optim.schedule(config.optim, config.total_steps)
     optimizer = optim.optimizer(config.optim, config.total_steps)
     abstract = abstract_state(definition, optimizer, mesh)
+    folder = Workdir(workdir)
+    folder.check(config, arch)
     source = open_source(config.data.train, data_dir=config.data.data_dir)
 
     # 2. The folder, and in it the state: new, or as it was left.
-    folder = Workdir(workdir)
-    folder.claim(config, arch)
+    if not folder.is_claimed():
+        folder.claim(config, arch)
     with Checkpoints(folder.checkpoints, keep=config.keep_checkpoints) as checkpoints:
         start = checkpoints.latest() or 0
         if start:
             check_position(checkpoints.position(start), _position(config, source, start))
             state = checkpoints.restore(start, abstract)
+            folder.claim(config, arch)  # with what may change: the mesh, cadences
         else:
             state = initial_state(definition, optimizer, abstract, config.seed)
 
@@ -50,7 +53,7 @@ def train(config: Config, workdir: Path, *, devices: list[jax.Device] | None = N
         batches = _batches(config, arch, source, mesh, start)
 
         # 4. Step by step. Metrics are read only when they are logged: the device is never waited for in between.
-        train_step = make_train_step(definition, optimizer, schedule)
+        train_step = make_train_step(definition, optimizer, schedule, abstract)
         clock = StepClock(config.data.global_batch)
         with MetricsLog(folder, resumed_at=start) as log, Progress(config.total_steps, done=start) as progress:
             progress.say(

@@ -14,28 +14,32 @@ Metrics = dict[str, jax.Array]
 
 
 def make_train_step(
-    definition: Definition, optimizer: optax.GradientTransformation, schedule: optax.Schedule
+    definition: Definition,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    abstract: TrainState,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """Returns the compiled function (state, global batch) → (state, metrics); it takes the old state's memory."""
+    """Returns the compiled function (state, global batch) → (state, metrics).
 
-    def loss_of(params: Params, batch: Batch) -> Float[jax.Array, ""]:
+    It takes the old state's memory, and leaves the new one in the places that `abstract` gives: left to itself the
+    compiler would move small arrays, and the second step would be another program than the first.
+    """
+
+    def loss_of(params: Params, batch: Batch) -> tuple[Float[jax.Array, ""], Metrics]:
         model = definition.bind(params)
         pixels = normalise_pixels(batch.image, definition.architecture.preprocess)
         img_BE = l2_normalise(model.encode_image(pixels))
         txt_BE = l2_normalise(model.encode_text(batch.tokens))
-        return losses.softmax(img_BE, txt_BE, scale=model.scale(), valid_B=batch.valid)
+        loss = losses.softmax(img_BE, txt_BE, scale=model.scale(), valid_B=batch.valid)
+        return loss, {"loss": loss, "logit_scale": model.scale(), "valid": batch.valid.sum()}
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        loss, gradients = jax.value_and_grad(loss_of)(state.params, batch)
+        (_, metrics), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params, batch)
         updates, moments = optimizer.update(gradients, state.optimizer, state.params)
         params = constrain(optax.apply_updates(state.params, updates))
-        metrics = {
-            "loss": loss,
-            "logit_scale": jax.numpy.exp(params["logit_scale"]),
-            "gradient_norm": optax.tree.norm(gradients),
-            "learning_rate": schedule(state.step),
-            "valid": batch.valid.sum(),
-        }
+        metrics |= {"gradient_norm": optax.tree.norm(gradients), "learning_rate": schedule(state.step)}
         return TrainState(step=state.step + 1, params=params, optimizer=moments), metrics
 
-    return jax.jit(train_step, donate_argnums=0)
+    places = jax.tree.map(lambda x: x.sharding, abstract)
+    everywhere = places.step
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(places, everywhere))

@@ -183,7 +183,7 @@ def test_a_record_is_cropped_anew_in_every_epoch():
 
 def test_an_image_that_cannot_be_decoded_is_a_black_pair_that_is_not_valid_and_all_others_stay(expected):
     damaged = (3, 17)
-    with pytest.warns(UserWarning, match="cannot be read"):
+    with pytest.warns(UserWarning, match="left out image"):
         found = read(pairs_of(Memory(20, damaged)))
     order = Order(20, 0)
     for i, (batch, whole) in enumerate(zip(found, expected, strict=True)):

@@ -50,8 +50,21 @@ def test_recall_is_the_share_of_ranks_below_k():
     assert [found[f"text_retrieval_recall@{k}"] for k in (1, 5, 10)] == [1 / 2, 1 / 2, 1 / 2]
 
 
+def test_a_collapsed_model_to_which_all_is_equal_finds_what_chance_finds():
+    same, image_of_text = np.ones((20, 4)), np.arange(20)
+    found = retrieval.metrics(
+        retrieval.image_ranks(same, same, image_of_text), retrieval.text_ranks(same, same, image_of_text)
+    )
+    for way in ("image", "text"):
+        assert [found[f"{way}_retrieval_recall@{k}"] for k in (1, 5, 10)] == [1 / 20, 5 / 20, 10 / 20]
+    chance = zero_shot.metrics(zero_shot.Predictions(np.ones((20, 20)), np.arange(20)))
+    assert (chance["acc1"], chance["acc5"]) == (1 / 20, 5 / 20)
+
+
 class TwoWords:
     """An encoder whose embedding of a text is its length and its first letter."""
+
+    pretrained = "nowhere"
 
     def tokenize(self, texts, truncate=False):
         return np.array([[len(text), ord(text[0])] for text in texts], np.int32)

@@ -1,5 +1,6 @@
 """Evaluating a model: the files in their schema, the pictures as pictures, mistakes in plain words."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -64,9 +65,19 @@ def test_every_image_is_encoded_once_in_order_whatever_the_batch(model, digits, 
     whole = encode.encode_images(model, digits)
     monkeypatch.setattr(encode, "BATCH", 100)
     parts = encode.encode_images(model, digits)
-    assert [r.label for r in whole.records] == [digits[i].label for i in range(len(digits))]
+    assert whole.labels == [digits[i].label for i in range(len(digits))]
+    assert whole.captions == [digits[i].captions for i in range(len(digits))]
     assert whole.img_BE.shape == parts.img_BE.shape == (len(digits), 64)
     np.testing.assert_allclose(parts.img_BE, whole.img_BE, atol=1e-6)
+
+
+def test_a_model_that_has_diverged_is_refused_instead_of_being_perfect(model, digits, tmp_path):
+    params = jax.tree.map(lambda x: x * np.nan, model.params)
+    diverged = dataclasses.replace(model, params=params, pretrained="runs/diverged")
+    for task in ("zeroshot_classification", "zeroshot_retrieval"):
+        with pytest.raises(UserError, match="runs/diverged gives embeddings that are not finite"):
+            evaluate(diverged, digits, task, output=tmp_path / "result.json")
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_unknown_task_names_the_nearest_and_writes_nothing(model, digits, tmp_path):

@@ -1,5 +1,7 @@
 """Checkpoints: what is saved comes back, bit for bit and in its place; what does not fit is refused by name."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -59,7 +61,29 @@ def test_a_checkpoint_that_does_not_fit_is_refused_with_all_that_differs(saved):
     message = str(error.value)
     assert "missing image/extra" in message
     assert "unexpected text/projection" in message
-    assert "image/positional_embedding has shape (17, 64), not (37, 64)" in message
+    assert "image/positional_embedding is float32 (17, 64), not float32 (37, 64)" in message
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        ("params/image.patch_embed.kernel", "params does not fit the model: missing image/patch_embed/kernel"),
+        ("params/text.projection/0.0", "damaged"),
+        ("params/_METADATA", "damaged"),
+        ("params", "missing image/blocks/attention/out/bias; missing"),
+        ("position", "damaged"),
+    ],
+)
+def test_a_damaged_checkpoint_is_said_in_one_line(damage, words, saved, tmp_path):
+    folder, _ = saved
+    shutil.copytree(folder, tmp_path / "copy")
+    target = tmp_path / "copy" / "7" / damage
+    shutil.rmtree(target) if target.is_dir() else target.unlink()
+    _, _, abstract = state_on((1, 1, 1), 1)
+    with Checkpoints(tmp_path / "copy") as checkpoints, pytest.raises(UserError, match=words) as error:
+        checkpoints.restore(7, abstract), checkpoints.position(7)
+    assert "\n" not in str(error.value)
+    assert str(tmp_path / "copy" / "7") in str(error.value)
 
 
 def test_parameters_are_created_in_their_places_and_are_the_same_on_any_mesh():

@@ -133,7 +133,7 @@ def test_the_config_file_of_a_run_rebuilds_it(on_one_device, data_dir):
     from clip_jax.models.variants import VARIANTS
     from clip_jax.workdir import Workdir
 
-    config, architecture = Workdir(on_one_device).read()
-    assert config == small_config(data_dir)
-    assert architecture == VARIANTS["ViT-W64/4@16px"]
+    folder = Workdir(on_one_device)
+    assert folder.config() == small_config(data_dir)
+    assert folder.architecture() == VARIANTS["ViT-W64/4@16px"]
     assert json.loads((on_one_device / "config.json").read_text())["config"]["optim"]["b2"] == 0.98

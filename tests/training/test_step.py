@@ -1,0 +1,70 @@
+"""One update: what it leaves, it leaves in its place; what repeats adds up."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from clip_jax import optim, sharding
+from clip_jax.config import MeshConfig, OptimConfig
+from clip_jax.models.clip import LOGIT_SCALE_MAX, Definition
+from clip_jax.models.variants import VARIANTS
+from clip_jax.training.state import abstract_state, initial_state
+from clip_jax.training.step import make_train_step
+from clip_jax.typing import Batch
+
+ARCHITECTURE = VARIANTS["ViT-W64/4@16px"]
+CONFIG = OptimConfig(warmup_steps=1, learning_rate=1e-2)
+
+
+def batch_of(size: int) -> Batch:
+    random = np.random.default_rng(0)
+    tokens = np.zeros((size, 16), np.int32)
+    tokens[:, :4] = [[49406, word, word + 1, 49407] for word in random.integers(1, 900, size)]
+    return Batch(random.integers(0, 256, (size, 16, 16, 3), np.uint8), tokens, np.ones(size, bool))
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 8, 1)])
+def test_a_step_leaves_the_state_in_its_places_and_is_compiled_once(sizes):
+    definition, optimizer = Definition(ARCHITECTURE), optim.optimizer(CONFIG, 10)
+    mesh = sharding.make_mesh(MeshConfig(*sizes))
+    abstract = abstract_state(definition, optimizer, mesh)
+    state = initial_state(definition, optimizer, abstract, seed=0)
+    step = make_train_step(definition, optimizer, optim.schedule(CONFIG, 10), abstract)
+    batch = sharding.to_mesh(batch_of(16), 16, mesh)
+    for _ in range(3):
+        state, metrics = step(state, batch)
+    moved = [
+        sharding.path_of(keys)
+        for (keys, x), place in zip(jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(abstract), strict=True)
+        if x.sharding != place.sharding
+    ]
+    assert moved == []
+    assert step._cache_size() == 1
+    assert state.step.item() == 3
+    assert np.isfinite(metrics["loss"].item())
+
+
+def test_logit_scale_never_passes_ln_100():
+    definition, optimizer = Definition(ARCHITECTURE), optim.optimizer(CONFIG, 10)
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    abstract = abstract_state(definition, optimizer, mesh)
+    state = initial_state(definition, optimizer, abstract, seed=0)
+    state.params["logit_scale"] = jnp.float32(LOGIT_SCALE_MAX + 1)
+    step = make_train_step(definition, optimizer, optim.schedule(CONFIG, 10), abstract)
+    state, _ = step(state, sharding.to_mesh(batch_of(8), 8, mesh))
+    assert state.params["logit_scale"].item() <= np.float32(LOGIT_SCALE_MAX)
+
+
+def test_gradients_of_a_token_that_repeats_add_up_in_float32_under_bfloat16_compute():
+    definition = Definition(ARCHITECTURE, dtype="bfloat16")
+    params = definition.init(jax.random.key(0))
+    tokens = jnp.asarray(np.tile(batch_of(1).tokens, (512, 1)))  # one caption, 512 times
+
+    def total(params, tokens):
+        return definition.bind(params).encode_text(tokens).astype(jnp.float32).sum()
+
+    once = jax.grad(total)(params, tokens[:1])["text"]["token_embedding"]
+    often = jax.grad(total)(params, tokens)["text"]["token_embedding"]
+    # Each of the 512 is rounded to bfloat16 (2^-8) before it is added; adding them up in bfloat16 would stop at 256.
+    np.testing.assert_allclose(often, 512 * once, rtol=0, atol=2**-7 * float(jnp.abs(512 * once).max()))
