@@ -58,7 +58,7 @@ def test_logit_scale_never_passes_ln_100():
 
 def test_gradients_of_a_token_that_repeats_add_up_in_float32_under_bfloat16_compute():
     definition = Definition(ARCHITECTURE, dtype="bfloat16")
-    params = definition.init(jax.random.key(0))
+    params = jax.jit(definition.init)(jax.random.key(0))
     tokens = jnp.asarray(np.tile(batch_of(1).tokens, (512, 1)))  # one caption, 512 times
 
     def total(params, tokens):
