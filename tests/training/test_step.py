@@ -66,5 +66,6 @@ def test_gradients_of_a_token_that_repeats_add_up_in_float32_under_bfloat16_comp
 
     once = jax.grad(total)(params, tokens[:1])["text"]["token_embedding"]
     often = jax.grad(total)(params, tokens)["text"]["token_embedding"]
-    # Each of the 512 is rounded to bfloat16 (2^-8) before it is added; adding them up in bfloat16 would stop at 256.
-    np.testing.assert_allclose(often, 512 * once, rtol=0, atol=2**-7 * float(jnp.abs(512 * once).max()))
+    # A batch of 512 is another program than one of 1: each rounds to bfloat16 (2^-8) some eight times on the way.
+    # Adding 512 equal numbers up in bfloat16 would be off by half.
+    np.testing.assert_allclose(often, 512 * once, rtol=0, atol=2**-5 * float(jnp.abs(512 * once).max()))
