@@ -25,3 +25,20 @@ def x64() -> Iterator[None]:
     """Lets arrays be float64, where equality is proven: nothing hides behind rounding."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(scope="session")
+def workdir(data_dir, tmp_path_factory) -> Path:
+    """The folder of a run of two steps, with a name that a careless printer would garble."""
+    from clip_jax.config import Config, DataConfig, ModelConfig, OptimConfig
+    from clip_jax.training.loop import train
+
+    path = tmp_path_factory.mktemp("runs") / "a run [v2]"
+    config = Config(
+        model=ModelConfig(variant="ViT-W64/4@16px"),
+        data=DataConfig(data_dir=str(data_dir), global_batch=16),
+        optim=OptimConfig(warmup_steps=1),
+        total_steps=2,
+    )
+    train(config, path, devices=jax.devices()[:1])
+    return path

@@ -1,27 +1,11 @@
 """`clip_jax.load` of a workdir: the same numbers as the model that was trained, in plain words when it cannot."""
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 import clip_jax
-from clip_jax.config import Config, DataConfig, ModelConfig, OptimConfig
 from clip_jax.errors import UserError
-from clip_jax.training.loop import train
-
-
-@pytest.fixture(scope="module")
-def workdir(data_dir, tmp_path_factory):
-    path = tmp_path_factory.mktemp("run")
-    config = Config(
-        model=ModelConfig(variant="ViT-W64/4@16px"),
-        data=DataConfig(data_dir=str(data_dir), global_batch=16),
-        optim=OptimConfig(warmup_steps=1),
-        total_steps=2,
-    )
-    train(config, path, devices=jax.devices()[:1])
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -75,7 +75,7 @@ def one_line(stderr: str) -> str:
         ("--config.data.global_batch=130", ["global_batch=130", "8 devices", "128 and 136"]),
         ("--config.data.global_batch=5", ["global_batch=5", "is 8"]),
         ("--config.data.train=captioned_digits", ["'captioned_digits'", "tfds:NAME"]),
-        ("--config.data.train=tfds:captioned_digit", ["'captioned_digit'", "'captioned_digits'"]),
+        ("--config.data.train=tfds:captioned_digit", ["'captioned_digit'", "captioned_digits, captioned_shapes"]),
         ("--config.data.train=tfds:xyz", ["'xyz'", "there are: captioned_digits, captioned_shapes"]),
         ("--config.data.train=tfds:what is this", ["'what is this'"]),
         ("--config.data.train=tfds:mnist", ["'mnist'", "captioned_digits, captioned_shapes"]),

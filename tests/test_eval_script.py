@@ -5,26 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import pytest
 
-from clip_jax.config import Config, DataConfig, ModelConfig, OptimConfig
-from clip_jax.training.loop import train
-
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module")
-def workdir(data_dir, tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("runs") / "a run [v2]"
-    config = Config(
-        model=ModelConfig(variant="ViT-W64/4@16px"),
-        data=DataConfig(data_dir=str(data_dir), global_batch=16),
-        optim=OptimConfig(warmup_steps=1),
-        total_steps=2,
-    )
-    train(config, path, devices=jax.devices()[:1])
-    return path
 
 
 def evaluate(*args: str) -> subprocess.CompletedProcess:
@@ -59,7 +42,7 @@ def test_results_lie_in_the_workdir_by_step_and_their_paths_are_printed(workdir,
     [
         ({"task": "zeroshot_retreival"}, "did you mean 'zeroshot_retrieval'"),
         ({"model": "runs/nowhere"}, "'runs/nowhere' cannot be loaded"),
-        ({"dataset": "tfds:captioned_digit"}, "did you mean 'captioned_digits'"),
+        ({"dataset": "tfds:captioned_digit"}, "'captioned_digit'; there are: captioned_digits, captioned_shapes"),
         ({"dataset": "tfds:captioned_digits:tset"}, "did you mean 'test'"),
         ({"task": None}, "--task is missing"),
     ],

@@ -111,8 +111,10 @@ def _builder(name: str, data_dir: str | None):
     except (tfds.core.registered.DatasetNotFoundError, ValueError):
         builder = None
     if builder is None or not builder.is_prepared():
-        known = {*EMBEDDED, *prepared(data_dir)}
-        raise UserError(f"no data set {name!r}{nearest(name, known)}")
+        known = sorted({*EMBEDDED, *prepared(data_dir)})
+        raise UserError(
+            f"no data set {name!r}; there are: {', '.join(known)} (others are read once TFDS has prepared them)"
+        )
     return builder
 
 
