@@ -126,7 +126,7 @@ def _explained(error: Exception) -> str:
     if unknown := re.search(r"unexpected keyword argument '(\w+)'", str(error)):
         fields = [path.rpartition(".")[2] for path, _, _ in leaves(Config())]
         return f"no such field {unknown[1]!r}{nearest(unknown[1], fields)}"
-    return f"{type(error).__name__}: {error}"
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _readable(text: str, hint: Any) -> bool:

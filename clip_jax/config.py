@@ -59,10 +59,7 @@ class DataConfig(Checked):
     train: str = "tfds:captioned_digits:train"  # tfds:NAME[:SPLIT]
     data_dir: str | None = None  # where TFDS keeps its data sets; None: TFDS's own choice (~/tensorflow_datasets)
     global_batch: int = 256  # pairs a step, over all devices of all hosts
-    crop_scale: tuple[float, float] = (
-        0.9,
-        1.0,
-    )  # share of the area that a random square keeps, as far as the shape allows
+    crop_scale: tuple[float, float] = (0.9, 1.0)  # share of the area that a random square keeps, where the shape allows
     num_threads: int = 2  # that read and decode, on each host
     num_workers: int = 0  # processes beside the training process, on each host
 

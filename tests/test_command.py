@@ -153,6 +153,7 @@ def test_a_config_file_that_is_none_is_refused_with_those_that_are(file, words, 
         ("Config(model=ModelConfig(varient='ViT-B/32'))", ["'varient'", "did you mean 'variant'"]),
         ("Config(optim=OptimConfig(learning_rate=-1.0))", ["optim.learning_rate=-1.0", "must be positive"]),
         ("Config(total_steps=undefined)", ["NameError", "undefined"]),
+        ("(_ for _ in ()).throw(RuntimeError('two\\nlines'))", ["RuntimeError: two lines"]),
         ("3", ["get_config"]),
     ],
 )

@@ -30,7 +30,7 @@ class Checkpoints:
         """Opens the folder: to write, keeping the latest `keep`, or only to read."""
 
         def arrays() -> ocp.PyTreeCheckpointHandler:
-            return ocp.PyTreeCheckpointHandler(use_ocdbt=False)  # a file an array: small models need no database
+            return ocp.PyTreeCheckpointHandler(use_ocdbt=False)  # a folder an array: its header says what it is
 
         self.folder = folder.absolute()
         self._manager = ocp.CheckpointManager(
