@@ -1,14 +1,14 @@
-"""CLIP on JAX: `load`, `tokenize`, and nothing else here. Heavy things are imported where they are used."""
+"""CLIP on JAX: the public names, and nothing else here. Heavy things are imported where they are used."""
 
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from clip_jax.api import load
+    from clip_jax.api import available_models, load
     from clip_jax.tokenizer import tokenize
 
-__all__ = ["load", "tokenize"]
+__all__ = ["available_models", "load", "tokenize"]
 
-_HOME = {"load": "clip_jax.api", "tokenize": "clip_jax.tokenizer"}
+_HOME = {"available_models": "clip_jax.api", "load": "clip_jax.api", "tokenize": "clip_jax.tokenizer"}
 
 
 def __getattr__(name: str):

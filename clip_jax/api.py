@@ -1,42 +1,49 @@
-"""`load`: a run's folder in; a model that is ready to use, and its preprocessing, out."""
+"""`load`: a name, a file or a folder in; a model that is ready to use, and its preprocessing, out."""
 
 import dataclasses
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
 from clip_jax import tokenizer
+from clip_jax.config import COMPUTE_DTYPES, ModelConfig, leaves
 from clip_jax.data.transforms import evaluation_crop
 from clip_jax.errors import UserError
-from clip_jax.models.clip import Definition, Params, normalise_pixels
-from clip_jax.models.variants import Architecture
+from clip_jax.models.clip import Definition, Weights, normalise_pixels
+from clip_jax.models.variants import Architecture, architecture
+from clip_jax.pretrained import read
 from clip_jax.typing import Float, Int
-from clip_jax.workdir import Workdir
+from clip_jax.weights.bundle import Bundle
+from clip_jax.weights.download import RELEASES
+from clip_jax.weights.mapping import unflatten
 
 Array = jax.Array | np.ndarray
+
+# A call is compiled for these sizes alone; others are padded, or done in pieces.
+BATCH_SIZES = (1, 4, 8, 32, 128)
+TEXT_LENGTHS = (16, 24, 32, 48, 77)  # and the context length itself
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A CLIP with its parameters: every call is compiled, once for each shape of its input."""
+    """A CLIP with its weights. Every call is compiled, for a few batch sizes; results are NumPy arrays."""
 
     definition: Definition
-    params: Params = dataclasses.field(repr=False)
+    weights: Weights = dataclasses.field(repr=False)
     name: str  # of the architecture, as results name it
-    pretrained: str  # where the parameters come from
+    pretrained: str  # where the weights come from
     results: Path | None = None  # where its evaluations go unless told otherwise; None: it is no run's
 
     @property
     def architecture(self) -> Architecture:
         return self.definition.architecture
 
-    def encode_image(self, image_BHWC: Float[Array, "B H W C"]) -> Float[jax.Array, "B E"]:
+    def encode_image(self, image_BHWC: Float[Array, "B H W C"]) -> Float[np.ndarray, "B E"]:
         """Returns image features, not L2-normalised, of preprocessed images.
 
         Raises:
@@ -45,79 +52,172 @@ class Model:
         size = self.architecture.image.image_size
         if image_BHWC.ndim != 4 or image_BHWC.shape[1:] != (size, size, 3):
             raise UserError(f"images of shape {image_BHWC.shape} do not fit; this model takes [n, {size}, {size}, 3]")
-        return _encode_image(self.definition, self.params, jnp.asarray(image_BHWC))
+        return self._in_pieces(_encode_image, image_BHWC)
 
-    def encode_text(self, tokens_BL: Int[Array, "B L"]) -> Float[jax.Array, "B E"]:
+    def encode_text(self, tokens_BL: Int[Array, "B L"]) -> Float[np.ndarray, "B E"]:
         """Returns text features, not L2-normalised, of what `tokenize` returns.
 
-        Positions that the model does not have are cut off when they are only padding.
+        Computed up to the longest caption only: the mask is causal, so nothing behind an EOT is ever seen.
 
         Raises:
             UserError: a caption is longer than the model's context.
         """
-        length = self.architecture.text.context_length
-        if tokens_BL.shape[1] > length and np.any(np.argmax(tokens_BL, axis=1) >= length):
-            raise UserError(f"a caption is too long for this model's context length {length}; use model.tokenize")
-        return _encode_text(self.definition, self.params, jnp.asarray(tokens_BL[:, :length]))
+        return self._in_pieces(_encode_text, self._cut(tokens_BL))
+
+    def text_states(
+        self, tokens_BL: Int[Array, "B L"], layer: int = -1, *, post_norm: bool = True
+    ) -> Float[np.ndarray, "B L D"]:
+        """Returns the text tower's states behind one of its blocks (-1: the last) at all positions.
+
+        What image generators are conditioned on. `post_norm` says whether the tower's last layer norm follows, which
+        it does in the model itself behind the last block.
+
+        Raises:
+            UserError: no such block.
+        """
+        depth = self.architecture.text.depth
+        if not -depth <= layer < depth:
+            raise UserError(f"layer={layer}: the text tower has {depth} blocks, 0 to {depth - 1} or -{depth} to -1")
+        return self._in_pieces(functools.partial(_text_states, layer=layer % depth, post_norm=post_norm), tokens_BL)
 
     def __call__(
         self, image_BHWC: Float[Array, "B H W C"], tokens_AL: Int[Array, "A L"]
-    ) -> tuple[Float[jax.Array, "B A"], Float[jax.Array, "A B"]]:
+    ) -> tuple[Float[np.ndarray, "B A"], Float[np.ndarray, "A B"]]:
         """Returns (logits_per_image, logits_per_text): scaled cosine similarities."""
-        return _logits(self.definition, self.params, self.encode_image(image_BHWC), self.encode_text(tokens_AL))
+        img_BE, txt_AE = self.encode_image(image_BHWC), self.encode_text(tokens_AL)
+        padded = [_padded(x, sum(size for _, size in _pieces(len(x))), value=1) for x in (img_BE, txt_AE)]
+        logits_BA = np.asarray(_logits(self.definition, self.weights, *padded))[: len(img_BE), : len(txt_AE)]
+        return logits_BA, logits_BA.T
 
     def tokenize(self, texts: str | Sequence[str], truncate: bool = False) -> Int[np.ndarray, "B L"]:
         """Returns token ids of this model's context length."""
         return tokenizer.tokenize(texts, self.architecture.text.context_length, truncate)
 
+    def _cut(self, tokens_BL: Int[Array, "B L"]) -> Int[np.ndarray, "B M"]:
+        """Returns the tokens up to the first of the lengths that holds every caption, padded to it where needed."""
+        tokens_BL = np.asarray(tokens_BL)
+        context_length = self.architecture.text.context_length
+        longest = int(np.argmax(tokens_BL, axis=1).max(initial=0)) + 1
+        if longest > context_length:
+            raise UserError(
+                f"a caption is too long for this model's context length {context_length}; use model.tokenize"
+            )
+        length = min([n for n in TEXT_LENGTHS if n >= longest] + [context_length])
+        return np.pad(tokens_BL[:, :length], ((0, 0), (0, max(0, length - tokens_BL.shape[1]))))
+
+    def _in_pieces(self, encode: Callable[..., jax.Array], inputs: Array) -> np.ndarray:
+        """Returns the rows that `encode` makes of the inputs', called with no batch size but those of `BATCH_SIZES`."""
+        outputs, start = [], 0
+        for rows, size in _pieces(len(inputs)):
+            padded = _padded(inputs[start : start + rows], size)
+            outputs.append(np.asarray(encode(self.definition, self.weights, padded))[:rows])
+            start += rows
+        return np.concatenate(outputs)
+
+
+def _pieces(n: int) -> list[tuple[int, int]]:
+    """Returns (rows, batch size) of the calls that n rows are done in; at least three quarters of a call are rows."""
+    pieces = []
+    while n or not pieces:
+        size = next((size for size in BATCH_SIZES if 3 * size <= 4 * n <= 4 * size), None)
+        size = size or max(size for size in BATCH_SIZES if size <= max(n, 1))
+        pieces.append((min(n, size), size))
+        n -= pieces[-1][0]
+    return pieces
+
+
+def _padded(rows: Array, size: int, value: int = 0) -> Array:
+    """Returns the rows, and others of one value behind them up to a size."""
+    missing = size - len(rows)
+    return np.pad(rows, ((0, missing), *((0, 0),) * (rows.ndim - 1)), constant_values=value) if missing else rows
+
 
 @functools.partial(jax.jit, static_argnums=0)
-def _encode_image(definition: Definition, params: Params, image_BHWC: jax.Array) -> jax.Array:
-    return definition.bind(params).encode_image(image_BHWC)
+def _encode_image(definition: Definition, weights: Weights, image_BHWC: jax.Array) -> jax.Array:
+    return definition.bind(weights).encode_image(image_BHWC)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _encode_text(definition: Definition, params: Params, tokens_BL: jax.Array) -> jax.Array:
-    return definition.bind(params).encode_text(tokens_BL)
+def _encode_text(definition: Definition, weights: Weights, tokens_BL: jax.Array) -> jax.Array:
+    return definition.bind(weights).encode_text(tokens_BL)
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("layer", "post_norm"))
+def _text_states(definition: Definition, weights: Weights, tokens_BL: jax.Array, *, layer: int, post_norm: bool):
+    text = definition.bind(weights).text
+    states_BLD = text.states(tokens_BL)[layer]
+    return text.post_norm(states_BLD) if post_norm else states_BLD
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _logits(definition: Definition, params: Params, img_BE: jax.Array, txt_AE: jax.Array):
-    return definition.bind(params).logits(img_BE, txt_AE)
+def _logits(definition: Definition, weights: Weights, img_BE: jax.Array, txt_AE: jax.Array) -> jax.Array:
+    return definition.bind(weights).logits(img_BE, txt_AE)[0]
 
 
 @dataclasses.dataclass(frozen=True)
 class ImagePreprocess:
-    """A PIL image in, the tower's input out: float32 [H, W, 3]."""
+    """PIL images in, the tower's input out."""
 
     architecture: Architecture
 
-    def __call__(self, image: Image.Image) -> Float[np.ndarray, "H W C"]:
-        """Returns the resized, cropped and normalised image."""
-        pixels_HWC = evaluation_crop(image, self.architecture.image.image_size)
-        return np.asarray(normalise_pixels(jnp.asarray(pixels_HWC)[None], self.architecture.preprocess))[0]
+    def __call__(self, image: Image.Image | Iterable) -> Float[np.ndarray, "*n H W C"]:
+        """Returns one image resized, cropped and normalised, float32 [H, W, 3]; of several a batch, [n, H, W, 3].
+
+        Raises:
+            UserError: what was given is not a PIL image.
+        """
+        size = self.architecture.image.image_size
+        images = [image] if isinstance(image, Image.Image) else list(image) if isinstance(image, Iterable) else [image]
+        for i, one in enumerate(images):
+            if not isinstance(one, Image.Image):
+                raise UserError(f"image {i} is not a PIL image but {type(one).__name__}; open it with PIL.Image.open")
+        pixels_BHWC = np.zeros((len(images), size, size, 3), np.uint8)
+        for one, pixels_HWC in zip(images, pixels_BHWC, strict=True):
+            pixels_HWC[...] = evaluation_crop(one, size)
+        batch_BHWC = normalise_pixels(pixels_BHWC, self.architecture.preprocess)
+        return batch_BHWC[0] if isinstance(image, Image.Image) else batch_BHWC
 
 
-def load(source: str | os.PathLike) -> tuple[Model, ImagePreprocess]:
-    """Returns (model, preprocess) of a run's folder, with the parameters of its latest checkpoint, in float32.
+def available_models() -> list[str]:
+    """Returns the names of OpenAI's models, in its order."""
+    return list(RELEASES)
+
+
+def load(
+    source: str | os.PathLike,
+    *,
+    variant: str | None = None,
+    dtype: str = "float32",
+    download_root: str | os.PathLike | None = None,
+) -> tuple[Model, ImagePreprocess]:
+    """Returns (model, preprocess) of a name of `available_models()`, a file of OpenAI's, a folder that
+    `convert_weights.py` wrote, or the workdir of a run (its latest checkpoint).
+
+    Parameters are float32. `dtype` is what is computed in, "float32" or "bfloat16"; a `variant` that is given is what
+    the weights must be; `download_root` is the folder for released files (else `CLIP_JAX_CACHE`, else ~/.cache/clip).
 
     Raises:
-        UserError: not a run's folder, no checkpoint in it, or one that does not fit its config (lists what differs).
+        UserError: nothing of that name, damaged, or not what was asked (lists what differs).
     """
-    from clip_jax.training.checkpoint import Checkpoints
+    if dtype not in COMPUTE_DTYPES:
+        raise UserError(f"{dtype=} is not one of {', '.join(COMPUTE_DTYPES)}")
+    bundle = read(source, dtype=np.float32, download_root=download_root)
+    if variant is not None:
+        _check_variant(bundle, variant)
+    definition = Definition(bundle.architecture, dtype=dtype)
+    weights = jax.device_put(unflatten(bundle.arrays, definition.shapes()))
+    model = Model(definition, weights, bundle.variant, bundle.origin, bundle.results)
+    return model, ImagePreprocess(bundle.architecture)
 
-    workdir = Workdir(Path(source))
-    if not workdir.path.is_dir():
-        raise UserError(f"{str(source)!r} cannot be loaded: it is not a folder; give the workdir of a run")
-    architecture = workdir.architecture()
-    definition = Definition(architecture)
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), definition.shapes())
-    with Checkpoints(workdir.checkpoints) as checkpoints:
-        step = checkpoints.latest()
-        if step is None:
-            raise UserError(f"{workdir.path} has no checkpoint yet; train it first")
-        params = checkpoints.restore_params(step, abstract)
-    origin = f"{workdir.path}/checkpoints/{step}"
-    model = Model(definition, params, workdir.variant(), origin, workdir.evaluation(step))
-    return model, ImagePreprocess(architecture)
+
+def _check_variant(bundle: Bundle, variant: str) -> None:
+    """Raises UserError, with all that differs, when the weights are not those of the variant that was asked for."""
+    asked = {path: value for path, _, value in leaves(architecture(ModelConfig(variant)))}
+    found = {path: value for path, _, value in leaves(bundle.architecture)}
+    differences = [
+        f"{path} is {found.get(path)!r}, not {asked.get(path)!r}"
+        for path in sorted(asked.keys() | found.keys())
+        if asked.get(path) != found.get(path)
+    ]
+    if differences:
+        raise UserError(f"{bundle.origin} is no {variant}: {'; '.join(differences)}")

@@ -172,8 +172,8 @@ def _convert(value: Any, hint: Any, at: str) -> Any:
         return build(hint, value, at + ".")
     if dataclasses.is_dataclass(hint) and isinstance(value, hint):
         return value
-    if isinstance(hint, types.UnionType):  # `X | None` is the only union in use
-        return None if value is None else _convert(value, typing.get_args(hint)[0], at)
+    if isinstance(hint, types.UnionType):
+        return _convert_union(value, typing.get_args(hint), at)
     if typing.get_origin(hint) is tuple and isinstance(value, tuple | list):
         kinds = typing.get_args(hint)
         if len(kinds) == len(value):
@@ -183,6 +183,20 @@ def _convert(value: Any, hint: Any, at: str) -> Any:
     elif type(value) is hint:
         return value
     raise UserError(f"{at}={value!r} should be {type_name(hint)}")
+
+
+def _convert_union(value: Any, members: tuple[type, ...], at: str) -> Any:
+    """Returns `value` as one of the types: None where that is one, else by the word `kind` where there are several."""
+    if value is None and types.NoneType in members:
+        return None
+    kinds = [member for member in members if member is not types.NoneType]
+    if len(kinds) == 1:
+        return _convert(value, kinds[0], at)
+    by_word = {kind.kind: kind for kind in kinds}
+    word = value.get("kind", kinds[0].kind) if isinstance(value, dict) else getattr(value, "kind", None)
+    if word not in by_word:
+        raise UserError(f"{at}.kind={word!r}{nearest(str(word), by_word)}")
+    return _convert(value, by_word[word], at)
 
 
 def type_name(hint: Any) -> str:

@@ -22,7 +22,7 @@ BATCH = P(("data", "fsdp"))
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """Parameters whose whole path matches `pattern` are split as `spec` says."""
+    """Arrays whose whole path matches `pattern` are split as `spec` says."""
 
     pattern: str
     spec: P
@@ -37,9 +37,16 @@ RULES = (
     Rule(r".*/blocks/mlp/up/bias", P(None, "tensor")),  # [depth F]
     Rule(r".*/blocks/mlp/down/kernel", P(None, "tensor", "fsdp")),  # [depth F D]
     Rule(r"image/patch_embed/kernel", P(None, None, None, "fsdp")),  # [H W C D]
+    Rule(r"image/stem\d/kernel", P()),  # [H W D F]: a few thousand numbers
+    Rule(r"image/stage\d/first/\w+/kernel", P(None, None, None, "fsdp")),  # [H W D F]
+    Rule(r"image/stage\d/rest/\w+/kernel", P(None, None, None, None, "fsdp")),  # [depth-1 H W D F]
+    Rule(r"image/attention_pool/(query|key|value)/kernel", P("fsdp", "tensor")),  # [D N K]
+    Rule(r"image/attention_pool/(query|key|value)/bias", P("tensor")),  # [N K]
+    Rule(r"image/attention_pool/out/kernel", P("tensor", None, "fsdp")),  # [N K E]
     Rule(r"text/token_embedding", P(None, "fsdp")),  # [V D]: by width, so that a look-up stays at home
     Rule(r".*/projection", P("fsdp")),  # [D E]
     Rule(r".*(bias|scale|_embedding)", P()),  # vectors, positions and the temperature: small, everywhere
+    Rule(r".*/norm/(mean|variance|count)", P()),  # what batch norm has seen
 )
 
 
@@ -78,7 +85,7 @@ def path_of(keys: tuple) -> str:
 
 
 def parameter_specs(params: Any) -> Any:
-    """Returns a spec for every parameter, in the parameters' shape; `params` may be shapes only."""
+    """Returns a spec for every array of parameters or statistics, in their shape; they may be shapes only."""
 
     def spec(keys, _) -> P:
         path = path_of(keys)

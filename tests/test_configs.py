@@ -22,7 +22,7 @@ CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
 def test_every_config_builds_and_its_header_says_how_to_run_it(file):
     config = load_config(file)
-    assert Definition(architecture(config.model)).shapes()["logit_scale"].shape == ()
+    assert Definition(architecture(config.model)).shapes().params["logit_scale"].shape == ()
     header = file.read_text().split('"""')[1]
     assert f"python train.py --config=configs/{file.name}" in header
     for word in ("Hardware:", "Time:", "Result:"):

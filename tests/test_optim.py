@@ -25,7 +25,7 @@ def test_the_learning_rate_is_zero_then_linear_then_a_cosine_to_zero(warmup):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_kernels_embeddings_and_projections_decay_and_gains_and_biases_do_not(name):
-    mask = optim.decay_mask(Definition(VARIANTS[name]).shapes())
+    mask = optim.decay_mask(Definition(VARIANTS[name]).shapes().params)
     for keys, decays in jax.tree_util.tree_leaves_with_path(mask):
         path = path_of(keys)
         kept = path.endswith(("/bias", "/scale", "class_embedding")) or path == "logit_scale"

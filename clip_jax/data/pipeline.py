@@ -85,7 +85,7 @@ def randomness(seed: int, epoch: int, index: int) -> np.random.Generator:
 def evaluation_batches(
     source: Source, *, image_size: int, batch: int, num_threads: int = 2
 ) -> Iterator[tuple[UInt8[np.ndarray, "b H W C"], list[Record]]]:
-    """Yields (images, records) in the order of the source; the last images are padded with black to the same `batch`.
+    """Yields (images, records) in the order of the source, `batch` at a time; the last may be fewer.
 
     Raises:
         UserError: an image that cannot be read.
@@ -95,12 +95,10 @@ def evaluation_batches(
         record = source[index]
         try:
             return transforms.evaluation_crop(transforms.decode(record.image), image_size), record
-        except OSError as error:
+        except (OSError, UserError) as error:
             raise UserError(f"image {index} of {source.name}:{source.split} cannot be read: {error}") from error
 
     dataset = grain.MapDataset.range(len(source)).map(load)
     loaded = iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * batch)))
     while part := list(itertools.islice(loaded, batch)):
-        images = np.zeros((batch, image_size, image_size, 3), np.uint8)
-        images[: len(part)] = [image for image, _ in part]
-        yield images, [record for _, record in part]
+        yield np.stack([image for image, _ in part]), [record for _, record in part]

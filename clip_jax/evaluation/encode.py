@@ -1,4 +1,4 @@
-"""A data set through a model: every image once, in order, in batches of one shape."""
+"""A data set through a model: every image once, in order."""
 
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -16,7 +16,7 @@ from clip_jax.models.clip import l2_normalise, normalise_pixels
 from clip_jax.models.variants import Architecture
 from clip_jax.typing import Float, Int
 
-BATCH = 256  # images or texts a call: one compiled shape
+BATCH = 256  # images or texts a call
 
 
 @runtime_checkable
@@ -27,7 +27,7 @@ class TextEncoder(Protocol):
 
     def tokenize(self, texts: Sequence[str], truncate: bool = False) -> Int[np.ndarray, "B L"]: ...
 
-    def encode_text(self, tokens_BL: np.ndarray) -> jax.Array: ...
+    def encode_text(self, tokens_BL: np.ndarray) -> np.ndarray: ...
 
 
 @runtime_checkable
@@ -37,7 +37,7 @@ class Encoder(TextEncoder, Protocol):
     architecture: Architecture
     name: str
 
-    def encode_image(self, image_BHWC: jax.Array) -> jax.Array: ...
+    def encode_image(self, image_BHWC: jax.Array) -> np.ndarray: ...
 
 
 class Encoded(NamedTuple):
@@ -63,7 +63,7 @@ def encode_images(model: Encoder, source: Source) -> Encoded:
         batches, f"{source.name}:{source.split}", total=total, console=console, disable=not console.is_terminal
     ):
         embeddings = l2_normalise(model.encode_image(normalise_pixels(jnp.asarray(images), arch.preprocess)))
-        features.append(np.asarray(embeddings)[: len(part)])
+        features.append(np.asarray(embeddings))
         labels += [record.label for record in part]
         captions += [record.captions for record in part]
     return Encoded(_finite(np.concatenate(features), model), labels, captions)
@@ -74,8 +74,7 @@ def encode_texts(model: TextEncoder, texts: Sequence[str]) -> Float[np.ndarray, 
     features = []
     for start in range(0, len(texts), BATCH):
         tokens = model.tokenize(texts[start : start + BATCH], truncate=True)
-        padded = np.pad(tokens, ((0, BATCH - len(tokens)), (0, 0)))
-        features.append(np.asarray(l2_normalise(model.encode_text(jnp.asarray(padded))))[: len(tokens)])
+        features.append(np.asarray(l2_normalise(model.encode_text(tokens))))
     return _finite(np.concatenate(features), model)
 
 

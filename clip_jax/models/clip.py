@@ -6,20 +6,32 @@ as a logarithm and kept at or below ln 100.
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
+from clip_jax.models.resnet import ResNet
 from clip_jax.models.text import TextTransformer
 from clip_jax.models.variants import Architecture, Preprocess
 from clip_jax.models.vit import ViT
 from clip_jax.typing import Float, Int, UInt8
 
+IMAGE_TOWERS = {"vit": ViT, "resnet": ResNet}  # by the architecture's word
 LOGIT_SCALE_INIT = math.log(1 / 0.07)
 LOGIT_SCALE_MAX = math.log(100)
 
+Array = jax.Array | np.ndarray
 Params = dict  # nested dicts of arrays; the keys are the modules' attribute names
+
+
+class Weights(NamedTuple):
+    """All that a model has learnt."""
+
+    params: Params
+    statistics: Params  # what batch norm has seen: no gradient reaches it; empty without batch norm
 
 
 class CLIP(nnx.Module):
@@ -27,17 +39,26 @@ class CLIP(nnx.Module):
 
     def __init__(self, architecture: Architecture, *, dtype: str = "float32", remat: str = "none", key: jax.Array):
         image, text = jax.random.split(key)
-        self.image = ViT(architecture.image, architecture.embed_dim, dtype=dtype, remat=remat, key=image)
+        self.image = IMAGE_TOWERS[architecture.image.kind](
+            architecture.image, architecture.embed_dim, dtype=dtype, remat=remat, key=image
+        )
         self.text = TextTransformer(architecture.text, architecture.embed_dim, dtype=dtype, remat=remat, key=text)
         self.logit_scale = nnx.Param(jnp.float32(LOGIT_SCALE_INIT))
 
-    def encode_image(self, image_BHWC: Float[jax.Array, "B H W C"]) -> Float[jax.Array, "B E"]:
-        """Returns image embeddings, not L2-normalised, in the compute dtype."""
-        return self.image(image_BHWC)
+    def encode_image(self, image_BHWC: Float[jax.Array, "B H W C"], *, train: bool = False) -> Float[jax.Array, "B E"]:
+        """Returns image embeddings, not L2-normalised, in the compute dtype.
+
+        With `train`, batch norm goes by the batch and its statistics move: `statistics` returns them.
+        """
+        return self.image(image_BHWC, train=train)
 
     def encode_text(self, tokens_BL: Int[jax.Array, "B L"]) -> Float[jax.Array, "B E"]:
         """Returns text embeddings, not L2-normalised, in the compute dtype."""
         return self.text(tokens_BL)
+
+    def statistics(self) -> Params:
+        """Returns the running statistics of batch norm as they are now."""
+        return nnx.to_pure_dict(nnx.state(self, nnx.BatchStat))
 
     def scale(self) -> Float[jax.Array, ""]:
         """Returns what cosine similarities are multiplied by: 1/temperature."""
@@ -60,24 +81,25 @@ class CLIP(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Definition:
-    """A CLIP without its parameters, which travel apart as plain nested dicts: cheap to pass through `jax.jit`."""
+    """A CLIP without its weights, which travel apart as plain nested dicts: cheap to pass through `jax.jit`."""
 
     architecture: Architecture
     dtype: str = "float32"
     remat: str = "none"
 
-    def init(self, key: jax.Array) -> Params:
-        """Returns parameters as OpenAI initialises them."""
-        return nnx.to_pure_dict(nnx.state(self._build(key), nnx.Param))
+    def init(self, key: jax.Array) -> Weights:
+        """Returns weights as OpenAI initialises them."""
+        model = self._build(key)
+        return Weights(nnx.to_pure_dict(nnx.state(model, nnx.Param)), model.statistics())
 
-    def shapes(self) -> Params:
-        """Returns the parameters' shapes and dtypes, computing nothing."""
+    def shapes(self) -> Weights:
+        """Returns the weights' shapes and dtypes, computing nothing."""
         return jax.eval_shape(self.init, jax.random.key(0))
 
-    def bind(self, params: Params) -> CLIP:
-        """Returns the model that has these parameters."""
+    def bind(self, weights: Weights) -> CLIP:
+        """Returns the model that has these weights."""
         graph = nnx.graphdef(jax.eval_shape(self._build, jax.random.key(0)))
-        return nnx.merge(graph, params)
+        return nnx.merge(graph, weights.params, weights.statistics)
 
     def _build(self, key: jax.Array) -> CLIP:
         return CLIP(self.architecture, dtype=self.dtype, remat=self.remat, key=key)
@@ -89,10 +111,9 @@ def l2_normalise(x_BE: Float[jax.Array, "B E"]) -> Float[jax.Array, "B E"]:
     return x_BE / jnp.linalg.norm(x_BE, axis=-1, keepdims=True)
 
 
-def normalise_pixels(image_BHWC: UInt8[jax.Array, "B H W C"], preprocess: Preprocess) -> Float[jax.Array, "B H W C"]:
-    """Returns float32 pixels with the mean and deviation that the tower expects."""
-    mean, std = jnp.float32(preprocess.mean), jnp.float32(preprocess.std)
-    return (image_BHWC.astype(jnp.float32) / 255 - mean) / std
+def normalise_pixels(image_BHWC: UInt8[Array, "B H W C"], preprocess: Preprocess) -> Float[Array, "B H W C"]:
+    """Returns float32 pixels with the mean and deviation that the tower expects; NumPy in, NumPy out."""
+    return (image_BHWC.astype(np.float32) / 255 - np.float32(preprocess.mean)) / np.float32(preprocess.std)
 
 
 def constrain(params: Params) -> Params:

@@ -3,6 +3,8 @@
 Modules are plain NNX pytrees. Their attribute names are the parameter paths of every checkpoint, so they last for ever.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -28,6 +30,9 @@ def zeros(shape: tuple[int, ...]) -> nnx.Param:
 def quick_gelu(x: Float[jax.Array, "..."]) -> Float[jax.Array, "..."]:
     """Returns x·σ(1.702x), the GELU approximation that OpenAI's weights were trained with."""
     return x * jax.nn.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": functools.partial(jax.nn.gelu, approximate=False)}
 
 
 class LayerNorm(nnx.Module):
@@ -78,11 +83,12 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """Two projections with a QuickGELU between them."""
+    """Two projections with an activation between them."""
 
-    def __init__(self, *, up: Linear, down: Linear):
+    def __init__(self, *, up: Linear, down: Linear, activation: str):
         self.up = up  # kernel [D, F]
         self.down = down  # kernel [F, D]
+        self.activation = activation
 
     def __call__(self, x_BLD: Float[jax.Array, "B L D"]) -> Float[jax.Array, "B L D"]:
-        return self.down("BLF,FD->BLD", quick_gelu(self.up("BLD,DF->BLF", x_BLD)))
+        return self.down("BLF,FD->BLD", ACTIVATIONS[self.activation](self.up("BLD,DF->BLF", x_BLD)))

@@ -4,6 +4,7 @@ import jax
 from flax import nnx
 
 from clip_jax.models.layers import MLP, Attention, LayerNorm, Linear, normal, uniform, zeros
+from clip_jax.models.variants import TextTower, ViTTower
 from clip_jax.typing import Float
 
 # What the backward pass finds in memory, by the config's word; the rest is computed again.
@@ -28,10 +29,10 @@ class Block(nnx.Module):
         return x_BLD + self.mlp(self.mlp_norm(x_BLD))
 
 
-def image_block(key: jax.Array, width: int, num_heads: int, mlp_dim: int) -> Block:
+def image_block(key: jax.Array, tower: ViTTower) -> Block:
     """Returns a block initialised by PyTorch's defaults, which is what OpenAI's image Transformer starts from."""
+    width, mlp_dim, heads = tower.width, tower.mlp_dim, (tower.num_heads, tower.width // tower.num_heads)
     qkv, up, up_bias, out, down, down_bias = jax.random.split(key, 6)
-    heads = (num_heads, width // num_heads)
     xavier = (6 / (width + 3 * width)) ** 0.5  # PyTorch draws queries, keys and values as one matrix
     return Block(
         width,
@@ -43,15 +44,16 @@ def image_block(key: jax.Array, width: int, num_heads: int, mlp_dim: int) -> Blo
         mlp=MLP(
             up=Linear(uniform(up, (width, mlp_dim), width**-0.5), uniform(up_bias, (mlp_dim,), width**-0.5)),
             down=Linear(uniform(down, (mlp_dim, width), mlp_dim**-0.5), uniform(down_bias, (width,), mlp_dim**-0.5)),
+            activation=tower.activation,
         ),
     )
 
 
-def text_block(key: jax.Array, width: int, num_heads: int, mlp_dim: int, *, depth: int) -> Block:
+def text_block(key: jax.Array, tower: TextTower) -> Block:
     """Returns a causal block initialised as OpenAI's: what goes into the residual shrinks with the depth."""
+    width, mlp_dim, heads = tower.width, tower.mlp_dim, (tower.num_heads, tower.width // tower.num_heads)
     qkv, up, up_bias, out, down, down_bias = jax.random.split(key, 6)
-    heads = (num_heads, width // num_heads)
-    residual = width**-0.5 * (2 * depth) ** -0.5
+    residual = width**-0.5 * (2 * tower.depth) ** -0.5
     return Block(
         width,
         attention=Attention(
@@ -62,6 +64,7 @@ def text_block(key: jax.Array, width: int, num_heads: int, mlp_dim: int, *, dept
         mlp=MLP(
             up=Linear(normal(up, (width, mlp_dim), (2 * width) ** -0.5), uniform(up_bias, (mlp_dim,), width**-0.5)),
             down=Linear(normal(down, (mlp_dim, width), residual), uniform(down_bias, (width,), mlp_dim**-0.5)),
+            activation=tower.activation,
         ),
     )
 
@@ -69,6 +72,16 @@ def text_block(key: jax.Array, width: int, num_heads: int, mlp_dim: int, *, dept
 def stack(block, key: jax.Array, depth: int) -> Block:
     """Returns `depth` blocks, each of its own key, as one `Block` whose parameters have a leading dimension `depth`."""
     return jax.vmap(block)(jax.random.split(key, depth))
+
+
+def states(blocks: Block, x_BLD: Float[jax.Array, "B L D"]) -> Float[jax.Array, "depth B L D"]:
+    """Returns what comes out of every block."""
+
+    def apply(x_BLD, block):
+        x_BLD = block(x_BLD)
+        return x_BLD, x_BLD
+
+    return jax.lax.scan(apply, x_BLD, blocks)[1]
 
 
 def run(blocks: Block, x_BLD: Float[jax.Array, "B L D"], *, remat: str) -> Float[jax.Array, "B L D"]:

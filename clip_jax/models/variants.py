@@ -5,13 +5,16 @@ pixel normalisation. It is plain data: this file imports no jax.
 """
 
 import dataclasses
+from typing import ClassVar
 
 from clip_jax.config import ModelConfig
 from clip_jax.errors import UserError, nearest
 
+ACTIVATIONS = ("quick_gelu", "gelu")  # between the two products of an MLP; clip_jax/models/layers.py has them
+
 
 @dataclasses.dataclass(frozen=True)
-class ImageTower:
+class ViTTower:
     """A Vision Transformer (arXiv 2010.11929) with CLIP's extra layer norm before the first block."""
 
     image_size: int
@@ -20,19 +23,43 @@ class ImageTower:
     depth: int
     num_heads: int
     mlp_dim: int
+    activation: str = "quick_gelu"
+    kind: str = "vit"
 
     def __post_init__(self):
-        if self.image_size % self.patch_size or self.image_size <= 0:
-            below = max(self.image_size // self.patch_size, 1) * self.patch_size
-            raise UserError(
-                f"image_size={self.image_size} is not a multiple of patch_size={self.patch_size}; "
-                f"the nearest that fit are {below} and {below + self.patch_size}"
-            )
+        _check_multiple(self.image_size, self.patch_size, f"patch_size={self.patch_size}")
         _check_heads("image", self.width, self.num_heads)
+        _check_activation("image", self.activation)
 
     @property
     def num_patches(self) -> int:
         return (self.image_size // self.patch_size) ** 2
+
+
+@dataclasses.dataclass(frozen=True)
+class ResNetTower:
+    """A ResNet (arXiv 1512.03385) as CLIP modifies it, pooled by attention."""
+
+    STRIDE: ClassVar[int] = 32  # pixels between two positions of the last stage
+
+    image_size: int
+    width: int  # of the stem; the last stage is 32 times as wide
+    depths: tuple[int, int, int, int]  # bottlenecks a stage
+    num_heads: int  # of the attention pool
+    kind: str = "resnet"
+
+    def __post_init__(self):
+        _check_multiple(self.image_size, self.STRIDE, f"{self.STRIDE}, the stride of a ResNet")
+        if min(self.depths) < 1:
+            raise UserError(f"depths={self.depths}: every stage has at least one bottleneck")
+        _check_heads("image", 32 * self.width, self.num_heads)
+
+    @property
+    def num_patches(self) -> int:
+        return (self.image_size // self.STRIDE) ** 2
+
+
+ImageTower = ViTTower | ResNetTower  # in a file, the word `kind` tells which
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,15 +72,30 @@ class TextTower:
     depth: int
     num_heads: int
     mlp_dim: int
+    activation: str = "quick_gelu"
 
     def __post_init__(self):
         if self.context_length < 3:
             raise UserError(f"context_length={self.context_length} has no room for a word, SOT and EOT; at least 3")
         _check_heads("text", self.width, self.num_heads)
+        _check_activation("text", self.activation)
+
+
+def _check_multiple(image_size: int, step: int, what: str) -> None:
+    if image_size % step or image_size <= 0:
+        below = max(image_size // step, 1) * step
+        raise UserError(
+            f"image_size={image_size} is not a multiple of {what}; the nearest that fit are {below} and {below + step}"
+        )
+
+
+def _check_activation(tower: str, activation: str) -> None:
+    if activation not in ACTIVATIONS:
+        raise UserError(f"the {tower} tower's activation={activation!r} is not one of {', '.join(ACTIVATIONS)}")
 
 
 def _check_heads(tower: str, width: int, num_heads: int) -> None:
-    if width % num_heads:
+    if num_heads < 1 or width % num_heads:
         raise UserError(f"the {tower} tower's width={width} is not a multiple of num_heads={num_heads}")
 
 
@@ -81,13 +123,28 @@ def _vit(embed_dim: int, image: tuple, text: tuple, context_length: int = 77) ->
     text_width, text_depth, text_heads = text
     return Architecture(
         embed_dim,
-        ImageTower(size, patch, width, depth, heads, 4 * width),
+        ViTTower(size, patch, width, depth, heads, 4 * width),
         TextTower(context_length, 49408, text_width, text_depth, text_heads, 4 * text_width),
     )
 
 
+def _resnet(embed_dim: int, image: tuple, text_width: int) -> Architecture:
+    """Returns one of OpenAI's from (size, width, depths) and the text tower's width; all heads are 64 wide."""
+    size, width, depths = image
+    return Architecture(
+        embed_dim,
+        ResNetTower(size, width, depths, 32 * width // 64),
+        TextTower(77, 49408, text_width, 12, text_width // 64, 4 * text_width),
+    )
+
+
 VARIANTS = {
-    # OpenAI's Vision Transformers: arXiv 2103.00020, table 20.
+    # OpenAI's: arXiv 2103.00020, tables 19 and 20, in the order of its `available_models()`.
+    "RN50": _resnet(1024, (224, 64, (3, 4, 6, 3)), 512),
+    "RN101": _resnet(512, (224, 64, (3, 4, 23, 3)), 512),
+    "RN50x4": _resnet(640, (288, 80, (4, 6, 10, 6)), 640),
+    "RN50x16": _resnet(768, (384, 96, (6, 8, 18, 8)), 768),
+    "RN50x64": _resnet(1024, (448, 128, (3, 15, 36, 10)), 1024),
     "ViT-B/32": _vit(512, (224, 32, 768, 12, 12), (512, 12, 8)),
     "ViT-B/16": _vit(512, (224, 16, 768, 12, 12), (512, 12, 8)),
     "ViT-L/14": _vit(768, (224, 14, 1024, 24, 16), (768, 12, 12)),

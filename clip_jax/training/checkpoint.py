@@ -14,7 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from clip_jax.errors import UserError
-from clip_jax.models.clip import Params
+from clip_jax.models.clip import Weights
 from clip_jax.sharding import path_of
 from clip_jax.training.state import TrainState
 
@@ -24,7 +24,10 @@ logging.getLogger("absl").addFilter(lambda record: not any(words in record.getMe
 
 
 class Checkpoints:
-    """The checkpoints of one run: `<folder>/<step>/{params,optimizer,position}`."""
+    """The checkpoints of one run: `<folder>/<step>/{params,statistics,optimizer,position}`.
+
+    A model without batch norm has no statistics, and no such folder.
+    """
 
     def __init__(self, folder: Path, *, keep: int | None = None):
         """Opens the folder: to write, keeping the latest `keep`, or only to read."""
@@ -36,7 +39,8 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=keep is not None, read_only=keep is None),
-            item_handlers={"params": arrays(), "optimizer": arrays(), "position": ocp.JsonCheckpointHandler()},
+            item_handlers={name: arrays() for name in ("params", "statistics", "optimizer")}
+            | {"position": ocp.JsonCheckpointHandler()},
         )
 
     def latest(self) -> int | None:
@@ -45,14 +49,9 @@ class Checkpoints:
 
     def save(self, state: TrainState, position: dict[str, Any]) -> None:
         """Starts writing the state and its place in the data; returns as soon as the arrays are copied."""
-        self._manager.save(
-            int(state.step),
-            args=ocp.args.Composite(
-                params=ocp.args.PyTreeSave(state.params),
-                optimizer=ocp.args.PyTreeSave(state.optimizer),
-                position=ocp.args.JsonSave(position),
-            ),
-        )
+        trees = _some(params=state.params, statistics=state.statistics, optimizer=state.optimizer)
+        items = {name: ocp.args.PyTreeSave(tree) for name, tree in trees.items()}
+        self._manager.save(int(state.step), args=ocp.args.Composite(**items, position=ocp.args.JsonSave(position)))
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:
         """Returns the state of a step, every array in the place that `abstract` gives it.
@@ -60,31 +59,33 @@ class Checkpoints:
         Raises:
             UserError: damaged, or parameters or optimiser are not those expected; lists all that differ.
         """
-        restored = self._restore(step, params=abstract.params, optimizer=abstract.optimizer)
-        counter = jax.device_put(jnp.int32(step), abstract.step.sharding)
-        return TrainState(step=counter, params=restored["params"], optimizer=restored["optimizer"])
+        restored = self._restore(
+            step, params=abstract.params, statistics=abstract.statistics, optimizer=abstract.optimizer
+        )
+        return TrainState(step=jax.device_put(jnp.int32(step), abstract.step.sharding), **restored)
 
-    def restore_params(self, step: int, abstract: Params) -> Params:
-        """Returns the parameters alone, every array in the place that `abstract` gives it.
+    def restore_weights(self, step: int, abstract: Weights) -> Weights:
+        """Returns the weights alone, every array in the place that `abstract` gives it.
 
         Raises:
-            UserError: damaged, or the parameters are not those expected; lists all that differ.
+            UserError: damaged, or the weights are not those expected; lists all that differ.
         """
-        return self._restore(step, params=abstract)["params"]
+        return Weights(**self._restore(step, params=abstract.params, statistics=abstract.statistics))
 
     def _restore(self, step: int, **trees: Any) -> dict[str, Any]:
         """Returns the named items, each in the shapes and places of its tree."""
-        for name, tree in trees.items():
+        present = _some(**trees)
+        for name, tree in present.items():
             _check_tree(self.folder / str(step) / name, tree)
         items = {
             name: ocp.args.PyTreeRestore(item=tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree))
-            for name, tree in trees.items()
+            for name, tree in present.items()
         }
         try:
             restored = self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:
             raise self._damaged(step, error) from error
-        return {name: restored[name] for name in trees}
+        return trees | {name: restored[name] for name in present}
 
     def _damaged(self, step: int, error: Exception) -> UserError:
         said = str(error).split("\n")[0] or type(error).__name__
@@ -103,6 +104,11 @@ class Checkpoints:
     def __exit__(self, *error) -> None:
         """Waits until everything is on disk."""
         self._manager.close()
+
+
+def _some(**trees: Any) -> dict[str, Any]:
+    """Returns the trees that hold an array: Orbax takes no empty one."""
+    return {name: tree for name, tree in trees.items() if jax.tree.leaves(tree)}
 
 
 def check_position(saved: dict[str, Any], current: dict[str, Any]) -> None:

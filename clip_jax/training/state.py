@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from clip_jax import sharding
-from clip_jax.models.clip import Definition, Params
+from clip_jax.models.clip import Definition, Params, Weights
 
 
 @jax.tree_util.register_dataclass
@@ -20,7 +20,12 @@ class TrainState:
 
     step: Any  # int32 []: updates done
     params: Params
+    statistics: Params  # of batch norm; empty without
     optimizer: Any  # what Optax keeps
+
+    @property
+    def weights(self) -> Weights:
+        return Weights(self.params, self.statistics)
 
 
 def abstract_state(definition: Definition, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
@@ -29,7 +34,7 @@ def abstract_state(definition: Definition, optimizer: optax.GradientTransformati
     Raises:
         UserError: the mesh cannot split some parameter.
     """
-    params = definition.shapes()
+    params, statistics = definition.shapes()
     specs = sharding.parameter_specs(params)
     sharding.check_divisible(params, specs, mesh)
     moments = jax.eval_shape(optimizer.init, params)
@@ -43,6 +48,7 @@ def abstract_state(definition: Definition, optimizer: optax.GradientTransformati
     return TrainState(
         step=place(jax.ShapeDtypeStruct((), jnp.int32), P()),
         params=jax.tree.map(place, params, specs),
+        statistics=jax.tree.map(place, statistics, sharding.parameter_specs(statistics)),
         optimizer=jax.tree.map(place, moments, moment_specs),
     )
 
@@ -53,8 +59,8 @@ def initial_state(
     """Returns a new state; every array is computed in pieces where it will live, and whole nowhere."""
 
     def init(key: jax.Array) -> TrainState:
-        params = definition.init(key)
-        return TrainState(step=jnp.int32(0), params=params, optimizer=optimizer.init(params))
+        params, statistics = definition.init(key)
+        return TrainState(jnp.int32(0), params, statistics, optimizer.init(params))
 
     places = jax.tree.map(lambda x: x.sharding, abstract)
     return jax.jit(init, out_shardings=places)(jax.random.key(seed))

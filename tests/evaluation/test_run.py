@@ -24,8 +24,8 @@ SCHEMA = ["dataset", "model", "pretrained", "task", "metrics", "language"]
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     definition = Definition(architecture(ModelConfig(variant="ViT-W64/4@16px")))
-    params = jax.jit(definition.init)(jax.random.key(0))
-    return Model(definition, params, "ViT-W64/4@16px", "random", tmp_path_factory.mktemp("results"))
+    weights = jax.jit(definition.init)(jax.random.key(0))
+    return Model(definition, weights, "ViT-W64/4@16px", "random", tmp_path_factory.mktemp("results"))
 
 
 @pytest.fixture(scope="module")

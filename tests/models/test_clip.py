@@ -10,15 +10,15 @@ import pytest
 from oracles import openai_clip
 
 from clip_jax import losses
-from clip_jax.models.clip import LOGIT_SCALE_MAX, Definition, constrain, l2_normalise, normalise_pixels
+from clip_jax.models.clip import LOGIT_SCALE_MAX, Definition, Weights, constrain, l2_normalise, normalise_pixels
 from clip_jax.models.transformer import REMAT
-from clip_jax.models.variants import Architecture, ImageTower, Preprocess, TextTower
+from clip_jax.models.variants import Architecture, Preprocess, TextTower, ViTTower
 from clip_jax.sharding import path_of
 
 # No two sizes alike where that can be, so that no two dimensions can be taken for each other.
 ARCH = Architecture(
     embed_dim=10,
-    image=ImageTower(image_size=12, patch_size=4, width=24, depth=3, num_heads=2, mlp_dim=40),
+    image=ViTTower(image_size=12, patch_size=4, width=24, depth=3, num_heads=2, mlp_dim=40),
     text=TextTower(context_length=11, vocab_size=50, width=32, depth=2, num_heads=4, mlp_dim=56),
 )
 DEFINITION = Definition(ARCH)
@@ -29,7 +29,7 @@ EOT = ARCH.text.vocab_size - 1
 def params():
     """Parameters of which none is zero or one: a term that is left out shows."""
     random = np.random.default_rng(0)
-    return jax.tree.map(lambda x: jnp.float32(random.normal(0.1, 0.3, x.shape)), DEFINITION.shapes())
+    return jax.tree.map(lambda x: jnp.float32(random.normal(0.1, 0.3, x.shape)), DEFINITION.shapes().params)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,7 @@ def text_oracle(p, tokens):
 def features(definition: Definition, params, images, tokens):
     @jax.jit
     def encode(params, images, tokens):
-        model = definition.bind(params)
+        model = definition.bind(Weights(params, {}))
         return model.encode_image(images), model.encode_text(tokens)
 
     return encode(params, images, tokens)
@@ -126,12 +126,12 @@ def test_towers_in_float32_are_within_1e_5_of_numpy(params, images, tokens, trut
 
 def test_bfloat16_computes_in_bfloat16_with_float32_parameters_logits_and_gradients(params, images, tokens, truth):
     definition = dataclasses.replace(DEFINITION, dtype="bfloat16")
-    assert {x.dtype for x in jax.tree.leaves(definition.shapes())} == {jnp.dtype("float32")}
+    assert {x.dtype for x in jax.tree.leaves(definition.shapes().params)} == {jnp.dtype("float32")}
     for found, expected in zip(features(definition, params, images, tokens), truth, strict=True):
         assert found.dtype == jnp.bfloat16
         # Every one of the residual stream's sums, two a block, rounds to 8 bits.
         np.testing.assert_allclose(found, expected, atol=8 * 2**-8 * np.abs(expected).max())
-    per_image, _ = jax.eval_shape(lambda *inputs: definition.bind(params)(*inputs), images, tokens)
+    per_image, _ = jax.eval_shape(lambda *inputs: definition.bind(Weights(params, {}))(*inputs), images, tokens)
     assert per_image.dtype == jnp.float32
     gradients = jax.eval_shape(jax.grad(loss_of(definition)), params, images, tokens)
     assert {x.dtype for x in jax.tree.leaves(gradients)} == {jnp.dtype("float32")}
@@ -141,12 +141,12 @@ def test_bfloat16_computes_in_bfloat16_with_float32_parameters_logits_and_gradie
 
 
 def test_text_features_do_not_change_when_the_batch_is_cut_to_its_longest_caption(x64, params, tokens):
-    encode = jax.jit(dataclasses.replace(DEFINITION, dtype="float64").bind(params).encode_text)
+    encode = jax.jit(dataclasses.replace(DEFINITION, dtype="float64").bind(Weights(params, {})).encode_text)
     np.testing.assert_allclose(encode(tokens[:3, :7]), encode(tokens[:3]), rtol=0, atol=1e-12)
 
 
 def test_text_features_do_not_depend_on_what_stands_after_the_eot(params, tokens):
-    encode = jax.jit(DEFINITION.bind(params).encode_text)
+    encode = jax.jit(DEFINITION.bind(Weights(params, {})).encode_text)
     scribbled = np.array(tokens)
     behind = np.arange(tokens.shape[1]) > np.argmax(tokens, axis=1, keepdims=True)
     scribbled[behind] = np.random.default_rng(3).integers(0, EOT + 1, behind.sum())  # some of them EOT, too
@@ -158,7 +158,7 @@ def test_text_features_do_not_depend_on_what_stands_after_the_eot(params, tokens
 
 
 def test_logits_are_scaled_cosines_both_ways(params, images, tokens, truth):
-    per_image, per_text = jax.jit(DEFINITION.bind(params).__call__)(images, tokens)
+    per_image, per_text = jax.jit(DEFINITION.bind(Weights(params, {})).__call__)(images, tokens)
     img, txt = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in truth)
     scale = np.exp(np.float64(params["logit_scale"]))
     np.testing.assert_allclose(per_image, scale * img @ txt.T, atol=1e-5 * scale)
@@ -185,7 +185,7 @@ def test_constrain_limits_the_stored_logit_scale_from_above_and_touches_nothing_
 
 def loss_of(definition: Definition):
     def loss(params, images, tokens):
-        model = definition.bind(params)
+        model = definition.bind(Weights(params, {}))
         img, txt = l2_normalise(model.encode_image(images)), l2_normalise(model.encode_text(tokens))
         return losses.softmax(img, txt, scale=model.scale(), valid_B=jnp.ones(len(images), bool))
 
@@ -196,7 +196,7 @@ def test_the_program_is_as_long_for_7_blocks_as_for_2(images, tokens):
     def lines(depth: int) -> int:
         arch = dataclasses.replace(ARCH, image=dataclasses.replace(ARCH.image, depth=depth))
         definition = Definition(arch)
-        program = str(jax.make_jaxpr(loss_of(definition))(definition.shapes(), images, tokens))
+        program = str(jax.make_jaxpr(loss_of(definition))(definition.shapes().params, images, tokens))
         assert re.findall(r"\blength=(\d+)", program) == [str(depth), str(ARCH.text.depth)]
         return program.count("\n")
 
@@ -208,7 +208,7 @@ def test_remat_policies_give_equal_gradients_and_each_keeps_less_than_the_one_be
     gradients, memory = {}, {}
     for remat in REMAT:
         definition = dataclasses.replace(DEFINITION, dtype="float64", remat=remat)
-        gradient = jax.grad(lambda params, d=definition: (d.bind(params).encode_image(images) ** 2).sum())
+        gradient = jax.grad(lambda params, d=definition: (d.bind(Weights(params, {})).encode_image(images) ** 2).sum())
         compiled = jax.jit(gradient).lower(wide).compile()
         gradients[remat], memory[remat] = compiled(wide), compiled.memory_analysis().temp_size_in_bytes
     assert memory["full"] < memory["dots"] < memory["none"]
@@ -221,7 +221,7 @@ def test_remat_policies_give_equal_gradients_and_each_keeps_less_than_the_one_be
 
 WIDE = Architecture(
     embed_dim=96,
-    image=ImageTower(image_size=32, patch_size=8, width=128, depth=2, num_heads=2, mlp_dim=512),
+    image=ViTTower(image_size=32, patch_size=8, width=128, depth=2, num_heads=2, mlp_dim=512),
     text=TextTower(context_length=24, vocab_size=400, width=192, depth=3, num_heads=3, mlp_dim=768),
 )
 
@@ -229,7 +229,7 @@ WIDE = Architecture(
 @pytest.fixture(scope="module")
 def start():
     """Every parameter of a new model by path, in float64."""
-    leaves = jax.tree_util.tree_leaves_with_path(jax.jit(Definition(WIDE).init)(jax.random.key(5)))
+    leaves = jax.tree_util.tree_leaves_with_path(jax.jit(Definition(WIDE).init)(jax.random.key(5)).params)
     return {path_of(keys): np.float64(x) for keys, x in leaves}
 
 

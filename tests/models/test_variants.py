@@ -22,7 +22,7 @@ from clip_jax.models.variants import VARIANTS, TextTower, architecture
     ],
 )
 def test_openais_models_have_openais_number_of_parameters(name, expected):
-    shapes = jax.tree.leaves(Definition(VARIANTS[name]).shapes())
+    shapes = jax.tree.leaves(Definition(VARIANTS[name]).shapes().params)
     assert sum(math.prod(x.shape) for x in shapes) == expected
     assert {x.dtype for x in shapes} == {jnp.dtype("float32")}
 
@@ -34,8 +34,8 @@ def outputs(name: str, **changes):
     image = jax.ShapeDtypeStruct((3, arch.image.image_size, arch.image.image_size, 3), jnp.float32)
     tokens = jax.ShapeDtypeStruct((5, arch.text.context_length), jnp.int32)
 
-    def run(params, image, tokens):
-        model: CLIP = definition.bind(params)
+    def run(weights, image, tokens):
+        model: CLIP = definition.bind(weights)
         return model.encode_image(image), model.encode_text(tokens), *model(image, tokens)
 
     return [x.shape for x in jax.eval_shape(run, definition.shapes(), image, tokens)]

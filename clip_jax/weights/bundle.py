@@ -1,0 +1,174 @@
+"""An architecture with its weights on the host, and our own format for the two: a folder that needs no table.
+
+FOLDER/config.json         {"format": "clip_jax", "variant": …, "architecture": …}
+FOLDER/model.safetensors   parameters and statistics by our paths, in the dtypes they came in
+
+A run's folder has a `config.json` too (clip_jax/workdir.py), with "config" and no "format": `is_bundle` tells them
+apart by what is in them.
+"""
+
+import dataclasses
+import json
+import mmap
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from clip_jax.config import build
+from clip_jax.errors import UserError
+from clip_jax.files import whole
+from clip_jax.models.clip import Definition
+from clip_jax.models.variants import VARIANTS, Architecture
+from clip_jax.weights.mapping import DType, Rule, flatten, import_tensors
+
+FORMAT = "clip_jax"
+CONFIG, TENSORS = "config.json", "model.safetensors"
+
+# safetensors' name of a type → what its elements are
+DTYPES = {
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype("<i8"),
+    "I32": np.dtype("<i4"),
+    "I16": np.dtype("<i2"),
+    "I8": np.dtype("i1"),
+    "U8": np.dtype("u1"),
+    "BOOL": np.dtype("?"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Bundle:
+    """An architecture and its weights: NumPy arrays by our paths, in the dtypes of their source."""
+
+    architecture: Architecture
+    arrays: dict[str, np.ndarray]
+    variant: str  # the architecture's name
+    origin: str  # where the weights come from
+    results: Path | None = None  # where their evaluations go unless told otherwise; None: they are no run's
+
+
+def variant_of(architecture: Architecture, otherwise: str) -> str:
+    """Returns the name that an architecture has in the table of variants, or `otherwise` when it is not there."""
+    return next((name for name, known in VARIANTS.items() if known == architecture), otherwise)
+
+
+def is_bundle(path: Path) -> bool:
+    """Returns whether the folder says that it holds a model in our format; a run's folder does not."""
+    try:
+        content = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and content.get("format") == FORMAT
+
+
+def read_folder(path: Path, dtype: DType | None = None) -> Bundle:
+    """Returns the model in a folder of our format; floats in `dtype`, or where that is None as they are.
+
+    Raises:
+        UserError: not such a folder, a damaged one, or tensors that are not those of its architecture; all of them.
+    """
+    content = _read_config(path / CONFIG)
+    try:
+        architecture = build(Architecture, content["architecture"])
+    except UserError as error:
+        raise UserError(f"{path / CONFIG}: architecture: {error}") from error
+    shapes = flatten(Definition(architecture).shapes())
+    names_are_paths = [Rule(name, name, "... -> ...") for name in shapes]
+    tensors = read_safetensors(path / TENSORS)
+    try:
+        arrays = import_tensors(names_are_paths, tensors, shapes, dtype)
+    except UserError as error:
+        raise UserError(f"{path / TENSORS}: {error}") from error
+    return Bundle(architecture, arrays, content["variant"], str(path))
+
+
+def write_folder(path: Path, bundle: Bundle) -> None:
+    """Writes the model as a folder of our format; one that is there already is replaced, other files in it stay.
+
+    Whatever happens on the way, the folder never holds the config of one model and the weights of another: it is as
+    it was, or complete, or without a config and so nobody's.
+
+    Raises:
+        UserError: a folder that holds anything else, or that cannot be written.
+    """
+    _check_free(path)
+    content = {
+        "format": FORMAT,
+        "variant": bundle.variant,
+        "architecture": dataclasses.asdict(bundle.architecture),
+    }
+    with whole(path / CONFIG) as config, whole(path / TENSORS) as tensors:
+        config.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        _save(tensors, bundle.arrays)
+        (path / CONFIG).unlink(missing_ok=True)  # then the weights get their name, and last the config
+
+
+def read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    """Returns the tensors of a safetensors file by their names, as read-only views of the file in memory.
+
+    Raises:
+        UserError: not such a file, a damaged one, or one with a type that is not in `DTYPES`.
+    """
+    try:
+        with safetensors.safe_open(path, framework="numpy"):
+            pass  # the library has checked now that all tensors lie in the file, none on another
+        with path.open("rb") as file:
+            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except safetensors.SafetensorError as error:
+        raise UserError(f"{path}: not a safetensors file, or a damaged one: {error}") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = {name: entry for name, entry in json.loads(content[8:start]).items() if name != "__metadata__"}
+    if unknown := [f"{name} ({entry['dtype']})" for name, entry in header.items() if entry["dtype"] not in DTYPES]:
+        raise UserError(f"{path}: types that no model here has: {', '.join(unknown)}")
+    return {
+        name: np.ndarray(entry["shape"], DTYPES[entry["dtype"]], content, start + entry["data_offsets"][0])
+        for name, entry in header.items()
+    }
+
+
+def _save(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    """Writes tensors as a safetensors file; the same tensors give the same bytes."""
+    in_order = {name: np.asarray(x, order="C") for name, x in tensors.items()}  # the library takes this for granted
+    path.touch()
+    mode = path.stat().st_mode
+    try:
+        safetensors.numpy.save_file(in_order, path)
+        path.chmod(mode)  # the library leaves a file that nobody else may read
+    except safetensors.SafetensorError as error:
+        raise OSError(str(error)) from error  # which says more to whoever writes files
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """Returns a config.json that has all fields of our format, each of its type."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        found = content.get("format") if isinstance(content, dict) else content
+        raise UserError(f"{path}: format={found!r} should be {FORMAT!r}: the folder is not of our format")
+    for name, kind in (("variant", str), ("architecture", dict)):
+        if not isinstance(content.get(name), kind):
+            raise UserError(f"{path}: {name}={content.get(name)!r} should be {kind.__name__}")
+    return content
+
+
+def _check_free(path: Path) -> None:
+    """Raises UserError when the folder holds anything but a model in our format."""
+    try:
+        if is_bundle(path) or not any(path.iterdir()):
+            return
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; choose another folder") from error
+    raise UserError(f"{path} holds something other than a model in this format; choose another folder")
