@@ -7,7 +7,7 @@ from absl import flags
 
 from clip_jax import command
 
-MODEL = flags.DEFINE_string("model", None, "a run's folder")
+MODEL = flags.DEFINE_string("model", None, "a released model's name, a file, a folder or a run's folder")
 TASK = flags.DEFINE_string("task", None, "zeroshot_classification or zeroshot_retrieval")
 DATASET = flags.DEFINE_string("dataset", None, "tfds:NAME[:SPLIT]; the split is test unless given")
 OUTPUT = flags.DEFINE_string("output", None, "the JSON file; default: WORKDIR/eval/STEP/DATASET_SPLIT_TASK.json")
@@ -17,10 +17,11 @@ DATA_DIR = flags.DEFINE_string("data_dir", None, "where TFDS keeps its data sets
 def main() -> None:
     import clip_jax
     from clip_jax.data.sources import open_source
-    from clip_jax.evaluation.run import evaluate
+    from clip_jax.evaluation.run import NEEDS, evaluate
 
     command.require("model", "task", "dataset")
-    source = open_source(DATASET.value, data_dir=DATA_DIR.value, default_split="test")
+    needs = NEEDS.get(TASK.value, ("image",))
+    source = open_source(DATASET.value, data_dir=DATA_DIR.value, default_split="test", needs=needs)
     model, _ = clip_jax.load(MODEL.value)
     if OUTPUT.value is None and model.results is None:
         command.require("output")

@@ -10,7 +10,8 @@ import jax
 import numpy as np
 from PIL import Image
 
-from clip_jax import tokenizer
+from clip_jax import compiled, tokenizer
+from clip_jax.compiled import Placed
 from clip_jax.config import COMPUTE_DTYPES, ModelConfig, leaves
 from clip_jax.data.transforms import evaluation_crop
 from clip_jax.errors import UserError
@@ -20,12 +21,10 @@ from clip_jax.pretrained import read
 from clip_jax.typing import Float, Int
 from clip_jax.weights.bundle import Bundle
 from clip_jax.weights.download import RELEASES
-from clip_jax.weights.mapping import unflatten
 
 Array = jax.Array | np.ndarray
 
-# A call is compiled for these sizes alone; others are padded, or done in pieces.
-BATCH_SIZES = (1, 4, 8, 32, 128)
+# Where captions are cut: a caption's features are the same at all lengths that hold it.
 TEXT_LENGTHS = (16, 24, 32, 48, 77)  # and the context length itself
 
 
@@ -34,7 +33,7 @@ class Model:
     """A CLIP with its weights. Every call is compiled, for a few batch sizes; results are NumPy arrays."""
 
     definition: Definition
-    weights: Weights = dataclasses.field(repr=False)
+    placed: Placed = dataclasses.field(repr=False)  # as `compiled.place` leaves them
     name: str  # of the architecture, as results name it
     pretrained: str  # where the weights come from
     results: Path | None = None  # where its evaluations go unless told otherwise; None: it is no run's
@@ -42,6 +41,11 @@ class Model:
     @property
     def architecture(self) -> Architecture:
         return self.definition.architecture
+
+    @property
+    def weights(self) -> Weights:
+        """Returns the weights as training has them: a copy, where they are placed otherwise."""
+        return compiled.stacked(self.placed, self.definition)
 
     def encode_image(self, image_BHWC: Float[Array, "B H W C"]) -> Float[np.ndarray, "B E"]:
         """Returns image features, not L2-normalised, of preprocessed images.
@@ -52,7 +56,7 @@ class Model:
         size = self.architecture.image.image_size
         if image_BHWC.ndim != 4 or image_BHWC.shape[1:] != (size, size, 3):
             raise UserError(f"images of shape {image_BHWC.shape} do not fit; this model takes [n, {size}, {size}, 3]")
-        return self._in_pieces(_encode_image, image_BHWC)
+        return self._run(compiled.encode_image, image_BHWC)
 
     def encode_text(self, tokens_BL: Int[Array, "B L"]) -> Float[np.ndarray, "B E"]:
         """Returns text features, not L2-normalised, of what `tokenize` returns.
@@ -62,7 +66,7 @@ class Model:
         Raises:
             UserError: a caption is longer than the model's context.
         """
-        return self._in_pieces(_encode_text, self._cut(tokens_BL))
+        return self._run(compiled.encode_text, self._cut(tokens_BL))
 
     def text_states(
         self, tokens_BL: Int[Array, "B L"], layer: int = -1, *, post_norm: bool = True
@@ -78,20 +82,24 @@ class Model:
         depth = self.architecture.text.depth
         if not -depth <= layer < depth:
             raise UserError(f"layer={layer}: the text tower has {depth} blocks, 0 to {depth - 1} or -{depth} to -1")
-        return self._in_pieces(functools.partial(_text_states, layer=layer % depth, post_norm=post_norm), tokens_BL)
+        return self._run(functools.partial(compiled.text_states, layer=layer % depth, post_norm=post_norm), tokens_BL)
 
     def __call__(
         self, image_BHWC: Float[Array, "B H W C"], tokens_AL: Int[Array, "A L"]
     ) -> tuple[Float[np.ndarray, "B A"], Float[np.ndarray, "A B"]]:
         """Returns (logits_per_image, logits_per_text): scaled cosine similarities."""
         img_BE, txt_AE = self.encode_image(image_BHWC), self.encode_text(tokens_AL)
-        padded = [_padded(x, sum(size for _, size in _pieces(len(x))), value=1) for x in (img_BE, txt_AE)]
-        logits_BA = np.asarray(_logits(self.definition, self.weights, *padded))[: len(img_BE), : len(txt_AE)]
+        sizes = [sum(size for _, size in compiled.pieces(len(x))) for x in (img_BE, txt_AE)]
+        padded = [compiled.pad(x, size, value=1) for x, size in zip((img_BE, txt_AE), sizes, strict=True)]
+        logits_BA = np.asarray(compiled.logits(self.definition, self.placed, *padded))[: len(img_BE), : len(txt_AE)]
         return logits_BA, logits_BA.T
 
     def tokenize(self, texts: str | Sequence[str], truncate: bool = False) -> Int[np.ndarray, "B L"]:
         """Returns token ids of this model's context length."""
         return tokenizer.tokenize(texts, self.architecture.text.context_length, truncate)
+
+    def _run(self, encode: Callable[..., jax.Array], inputs: Array) -> np.ndarray:
+        return compiled.in_pieces(functools.partial(encode, self.definition, self.placed), inputs)
 
     def _cut(self, tokens_BL: Int[Array, "B L"]) -> Int[np.ndarray, "B M"]:
         """Returns the tokens up to the first of the lengths that holds every caption, padded to it where needed."""
@@ -104,54 +112,6 @@ class Model:
             )
         length = min([n for n in TEXT_LENGTHS if n >= longest] + [context_length])
         return np.pad(tokens_BL[:, :length], ((0, 0), (0, max(0, length - tokens_BL.shape[1]))))
-
-    def _in_pieces(self, encode: Callable[..., jax.Array], inputs: Array) -> np.ndarray:
-        """Returns the rows that `encode` makes of the inputs', called with no batch size but those of `BATCH_SIZES`."""
-        outputs, start = [], 0
-        for rows, size in _pieces(len(inputs)):
-            padded = _padded(inputs[start : start + rows], size)
-            outputs.append(np.asarray(encode(self.definition, self.weights, padded))[:rows])
-            start += rows
-        return np.concatenate(outputs)
-
-
-def _pieces(n: int) -> list[tuple[int, int]]:
-    """Returns (rows, batch size) of the calls that n rows are done in; at least three quarters of a call are rows."""
-    pieces = []
-    while n or not pieces:
-        size = next((size for size in BATCH_SIZES if 3 * size <= 4 * n <= 4 * size), None)
-        size = size or max(size for size in BATCH_SIZES if size <= max(n, 1))
-        pieces.append((min(n, size), size))
-        n -= pieces[-1][0]
-    return pieces
-
-
-def _padded(rows: Array, size: int, value: int = 0) -> Array:
-    """Returns the rows, and others of one value behind them up to a size."""
-    missing = size - len(rows)
-    return np.pad(rows, ((0, missing), *((0, 0),) * (rows.ndim - 1)), constant_values=value) if missing else rows
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _encode_image(definition: Definition, weights: Weights, image_BHWC: jax.Array) -> jax.Array:
-    return definition.bind(weights).encode_image(image_BHWC)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _encode_text(definition: Definition, weights: Weights, tokens_BL: jax.Array) -> jax.Array:
-    return definition.bind(weights).encode_text(tokens_BL)
-
-
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("layer", "post_norm"))
-def _text_states(definition: Definition, weights: Weights, tokens_BL: jax.Array, *, layer: int, post_norm: bool):
-    text = definition.bind(weights).text
-    states_BLD = text.states(tokens_BL)[layer]
-    return text.post_norm(states_BLD) if post_norm else states_BLD
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _logits(definition: Definition, weights: Weights, img_BE: jax.Array, txt_AE: jax.Array) -> jax.Array:
-    return definition.bind(weights).logits(img_BE, txt_AE)[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,8 +165,8 @@ def load(
     if variant is not None:
         _check_variant(bundle, variant)
     definition = Definition(bundle.architecture, dtype=dtype)
-    weights = jax.device_put(unflatten(bundle.arrays, definition.shapes()))
-    model = Model(definition, weights, bundle.variant, bundle.origin, bundle.results)
+    placed = compiled.place(bundle.arrays, definition)
+    model = Model(definition, placed, bundle.variant, bundle.origin, bundle.results)
     return model, ImagePreprocess(bundle.architecture)
 
 

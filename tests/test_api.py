@@ -17,7 +17,7 @@ from oracles import openai_clip
 from PIL import Image
 
 import clip_jax
-from clip_jax import api
+from clip_jax import compiled
 from clip_jax.api import Model
 from clip_jax.errors import UserError
 from clip_jax.models.clip import Definition
@@ -101,8 +101,9 @@ def fresh():
     )
     definition = Definition(arch)
     weights = jax.jit(definition.init)(jax.random.key(0))
+    model = Model(definition, compiled.place(flatten(weights), definition), "test", "random")
     jax.clear_caches()
-    return Model(definition, weights, "test", "random")
+    return model
 
 
 def captions(lengths: Sequence[int]) -> np.ndarray:
@@ -147,8 +148,10 @@ def test_text_is_computed_up_to_the_longest_caption_only_with_the_features_of_al
     tokens = captions([longest, 2, max(2, longest - 3), longest])
     lengths = []
     whole = jax.jit(fresh.definition.bind(fresh.weights).encode_text)(tokens)
-    encode = api._encode_text
-    with mock.patch.object(api, "_encode_text", lambda *inputs: lengths.append(inputs[-1].shape) or encode(*inputs)):
+    encode = compiled.encode_text
+    with mock.patch.object(
+        compiled, "encode_text", lambda *inputs: lengths.append(inputs[-1].shape) or encode(*inputs)
+    ):
         found = fresh.encode_text(tokens)
     assert lengths == [(4, next(n for n in (16, 24, 32, 48, 77) if n >= longest))]
     np.testing.assert_allclose(found, whole, rtol=0, atol=1e-5 * np.abs(whole).max())
@@ -248,7 +251,7 @@ def test_a_name_is_downloaded_and_loaded(files, tmp_path, monkeypatch):
 def test_bfloat16_computes_in_bfloat16_from_float32_weights(files):
     model, _ = clip_jax.load(files["file"], dtype="bfloat16")
     assert model.encode_text(captions([5])).dtype == jnp.bfloat16
-    assert {x.dtype for x in jax.tree.leaves(model.weights)} == {jnp.dtype("float32")}
+    assert {x.dtype for x in jax.tree.leaves(model.placed)} == {jnp.dtype("float32")}
     with pytest.raises(UserError, match=r"dtype='float16'.*bfloat16"):
         clip_jax.load(files["file"], dtype="float16")
 

@@ -41,7 +41,7 @@ def test_results_lie_in_the_workdir_by_step_and_their_paths_are_printed(workdir,
     ("changed", "words"),
     [
         ({"task": "zeroshot_retreival"}, "did you mean 'zeroshot_retrieval'"),
-        ({"model": "runs/nowhere"}, "'runs/nowhere' cannot be loaded"),
+        ({"model": "runs/nowhere"}, "'runs/nowhere' is no file, no folder"),
         ({"dataset": "tfds:captioned_digit"}, "'captioned_digit'; there are: captioned_digits, captioned_shapes"),
         ({"dataset": "tfds:captioned_digits:tset"}, "did you mean 'test'"),
         ({"task": None}, "--task is missing"),

@@ -22,7 +22,7 @@ LAYERS = (
         "clip_jax.tokenizer",
         "clip_jax.data",
     ),
-    ("clip_jax.weights", "clip_jax.workdir", "clip_jax.data.pipeline"),
+    ("clip_jax.compiled", "clip_jax.weights", "clip_jax.workdir", "clip_jax.data.pipeline"),
     ("clip_jax.training", "clip_jax.evaluation"),
     ("clip_jax.pretrained", "clip_jax.planning", "clip_jax.command"),
     ("clip_jax.api",),

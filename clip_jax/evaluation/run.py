@@ -74,6 +74,7 @@ def zeroshot_retrieval(model: Encoder, source: Source) -> Result:
 
 
 TASKS = {"zeroshot_classification": zeroshot_classification, "zeroshot_retrieval": zeroshot_retrieval}
+NEEDS = {"zeroshot_classification": ("image", "label"), "zeroshot_retrieval": ("image", "captions")}  # of a record
 
 
 def evaluate(model: Encoder, source: Source, task: str, *, output: str | os.PathLike) -> dict:

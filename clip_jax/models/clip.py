@@ -15,6 +15,7 @@ from flax import nnx
 
 from clip_jax.models.resnet import ResNet
 from clip_jax.models.text import TextTransformer
+from clip_jax.models.transformer import Compute
 from clip_jax.models.variants import Architecture, Preprocess
 from clip_jax.models.vit import ViT
 from clip_jax.typing import Float, Int, UInt8
@@ -37,12 +38,11 @@ class Weights(NamedTuple):
 class CLIP(nnx.Module):
     """An image tower and a text tower that meet in `embed_dim` dimensions."""
 
-    def __init__(self, architecture: Architecture, *, dtype: str = "float32", remat: str = "none", key: jax.Array):
+    def __init__(self, architecture: Architecture, compute: Compute, *, key: jax.Array):
         image, text = jax.random.split(key)
-        self.image = IMAGE_TOWERS[architecture.image.kind](
-            architecture.image, architecture.embed_dim, dtype=dtype, remat=remat, key=image
-        )
-        self.text = TextTransformer(architecture.text, architecture.embed_dim, dtype=dtype, remat=remat, key=text)
+        image_tower = IMAGE_TOWERS[architecture.image.kind]
+        self.image = image_tower(architecture.image, architecture.embed_dim, compute, key=image)
+        self.text = TextTransformer(architecture.text, architecture.embed_dim, compute, key=text)
         self.logit_scale = nnx.Param(jnp.float32(LOGIT_SCALE_INIT))
 
     def encode_image(self, image_BHWC: Float[jax.Array, "B H W C"], *, train: bool = False) -> Float[jax.Array, "B E"]:
@@ -86,6 +86,7 @@ class Definition:
     architecture: Architecture
     dtype: str = "float32"
     remat: str = "none"
+    unroll: bool = False
 
     def init(self, key: jax.Array) -> Weights:
         """Returns weights as OpenAI initialises them."""
@@ -102,10 +103,10 @@ class Definition:
         return nnx.merge(graph, weights.params, weights.statistics)
 
     def _build(self, key: jax.Array) -> CLIP:
-        return CLIP(self.architecture, dtype=self.dtype, remat=self.remat, key=key)
+        return CLIP(self.architecture, Compute(self.dtype, self.remat, self.unroll), key=key)
 
 
-def l2_normalise(x_BE: Float[jax.Array, "B E"]) -> Float[jax.Array, "B E"]:
+def l2_normalise(x_BE: Float[Array, "B E"]) -> Float[jax.Array, "B E"]:
     """Returns rows of length one, float32 or wider."""
     x_BE = x_BE.astype(jnp.promote_types(x_BE.dtype, jnp.float32))
     return x_BE / jnp.linalg.norm(x_BE, axis=-1, keepdims=True)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from clip_jax.models.layers import Linear, normal, uniform, zeros
-from clip_jax.models.transformer import REMAT
+from clip_jax.models.transformer import REMAT, Compute
 from clip_jax.models.variants import ResNetTower
 from clip_jax.typing import Float
 
@@ -161,18 +161,18 @@ class AttentionPool(nnx.Module):
         x_BPD = x_BHWD.reshape(len(x_BHWD), -1, x_BHWD.shape[-1])
         x_BMD = jnp.concatenate([x_BPD.mean(1, keepdims=True), x_BPD], axis=1)
         x_BMD = x_BMD + self.positional_embedding[...].astype(x_BMD.dtype)
-        q_BNK = self.query("BD,DNK->BNK", x_BMD[:, 0])
-        k_BMNK, v_BMNK = self.key("BMD,DNK->BMNK", x_BMD), self.value("BMD,DNK->BMNK", x_BMD)
+        q_BNK = self.query(x_BMD[:, 0])
+        k_BMNK, v_BMNK = self.key(x_BMD), self.value(x_BMD)
         scores_BNM = jnp.einsum("BNK,BMNK->BNM", q_BNK * q_BNK.shape[-1] ** -0.5, k_BMNK)
         weights_BNM = jax.nn.softmax(scores_BNM.astype(jnp.promote_types(scores_BNM.dtype, jnp.float32)))
         mixed_BNK = jnp.einsum("BNM,BMNK->BNK", weights_BNM.astype(x_BMD.dtype), v_BMNK)
-        return self.out("BNK,NKE->BE", mixed_BNK)
+        return self.out(mixed_BNK)
 
 
 class ResNet(nnx.Module):
     """Stem, four stages, attention pool."""
 
-    def __init__(self, tower: ResNetTower, embed_dim: int, *, dtype: str, remat: str, key: jax.Array):
+    def __init__(self, tower: ResNetTower, embed_dim: int, compute: Compute, *, key: jax.Array):
         width, depths = tower.width, tower.depths
         keys = jax.random.split(key, 8)
         self.stem1 = Conv(3, width // 2, 3, stride=2, key=keys[0])
@@ -185,14 +185,13 @@ class ResNet(nnx.Module):
         self.attention_pool = AttentionPool(
             tower.num_patches, EXPANSION * 8 * width, tower.num_heads, embed_dim, key=keys[7]
         )
-        self.dtype = dtype
-        self.remat = remat
+        self.compute = compute
 
     def __call__(self, image_BHWC: Float[jax.Array, "B H W C"], *, train: bool = False) -> Float[jax.Array, "B E"]:
         """Returns embeddings, not normalised; `train` goes by the batch's statistics and moves the running ones."""
         x_BHWD = self._stem(image_BHWC, train=train)
         for stage in (self.stage1, self.stage2, self.stage3, self.stage4):
-            x_BHWD = stage(x_BHWD, train=train, remat=self.remat)
+            x_BHWD = stage(x_BHWD, train=train, remat=self.compute.remat)
         return self.attention_pool(x_BHWD)
 
     def states(self, image_BHWC: Float[jax.Array, "B H W C"]) -> list[Float[jax.Array, "B h w F"]]:
@@ -203,7 +202,7 @@ class ResNet(nnx.Module):
         return states[1:]
 
     def _stem(self, image_BHWC: Float[jax.Array, "B H W C"], *, train: bool) -> Float[jax.Array, "B h w D"]:
-        x = image_BHWC.astype(self.dtype)
+        x = image_BHWC.astype(self.compute.dtype)
         for conv in (self.stem1, self.stem2, self.stem3):
             x = jax.nn.relu(conv(x, train=train))
         return average_pool(x, 2)

@@ -1,11 +1,14 @@
 """A stack of pre-norm residual blocks: one block is compiled and scanned over its stacked parameters."""
 
+import dataclasses
+
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from clip_jax.models.layers import MLP, Attention, LayerNorm, Linear, normal, uniform, zeros
 from clip_jax.models.variants import TextTower, ViTTower
-from clip_jax.typing import Float
+from clip_jax.typing import Float, Int
 
 # What the backward pass finds in memory, by the config's word; the rest is computed again.
 REMAT = {
@@ -13,6 +16,15 @@ REMAT = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+    """How a tower is computed; what its weights mean does not change."""
+
+    dtype: str = "float32"  # of activations and products
+    remat: str = "none"  # a word of REMAT
+    unroll: bool = False  # blocks are compiled one by one, not scanned: for inference on a CPU
 
 
 class Block(nnx.Module):
@@ -24,9 +36,13 @@ class Block(nnx.Module):
         self.mlp_norm = LayerNorm(width)
         self.mlp = mlp
 
-    def __call__(self, x_BLD: Float[jax.Array, "B L D"]) -> Float[jax.Array, "B L D"]:
-        x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD))
-        return x_BLD + self.mlp(self.mlp_norm(x_BLD))
+    def __call__(
+        self, x_BLD: Float[jax.Array, "B L D"], at_B: Int[jax.Array, " B"] | None = None
+    ) -> Float[jax.Array, "B _ D"]:
+        """Returns the states of all positions, or of one position a row."""
+        mixed = self.attention(self.attention_norm(x_BLD), at_B)
+        x = mixed + (x_BLD if at_B is None else take(x_BLD, at_B))
+        return x + self.mlp(self.mlp_norm(x))
 
 
 def image_block(key: jax.Array, tower: ViTTower) -> Block:
@@ -84,12 +100,29 @@ def states(blocks: Block, x_BLD: Float[jax.Array, "B L D"]) -> Float[jax.Array, 
     return jax.lax.scan(apply, x_BLD, blocks)[1]
 
 
-def run(blocks: Block, x_BLD: Float[jax.Array, "B L D"], *, remat: str) -> Float[jax.Array, "B L D"]:
-    """Returns what the stacked blocks, one after the other, make of `x_BLD`."""
+def run(
+    blocks: Block, x_BLD: Float[jax.Array, "B L D"], at_B: Int[jax.Array, " B"], compute: Compute
+) -> Float[jax.Array, "B D"]:
+    """Returns what the stacked blocks, one after the other, make of `x_BLD`, at one position of each row.
+
+    Unrolled, each block is compiled by itself, and the last computes nothing but that position.
+    """
+    if compute.unroll:
+        *most, last = [jax.tree.map(lambda x, i=i: x[i], blocks) for i in range(blocks.mlp.up.bias.shape[0])]
+        for block in most:
+            x_BLD = block(x_BLD)
+        return last(x_BLD, at_B)[:, 0]
 
     def apply(x_BLD, block):
         return block(x_BLD), None
 
-    if REMAT[remat] is not None:
-        apply = jax.checkpoint(apply, policy=REMAT[remat], prevent_cse=False)  # a scan keeps the two passes apart
-    return jax.lax.scan(apply, x_BLD, blocks)[0]
+    if REMAT[compute.remat] is not None:
+        apply = jax.checkpoint(
+            apply, policy=REMAT[compute.remat], prevent_cse=False
+        )  # a scan keeps the two passes apart
+    return take(jax.lax.scan(apply, x_BLD, blocks)[0], at_B)[:, 0]
+
+
+def take(x_BLD: Float[jax.Array, "B L D"], at_B: Int[jax.Array, " B"]) -> Float[jax.Array, "B 1 D"]:
+    """Returns one position of each row."""
+    return jnp.take_along_axis(x_BLD, at_B[:, None, None], axis=1)

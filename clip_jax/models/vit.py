@@ -6,6 +6,7 @@ from flax import nnx
 
 from clip_jax.models import transformer
 from clip_jax.models.layers import LayerNorm, normal, uniform
+from clip_jax.models.transformer import Compute
 from clip_jax.models.variants import ViTTower
 from clip_jax.typing import Float
 
@@ -28,7 +29,7 @@ class PatchEmbed(nnx.Module):
 class ViT(nnx.Module):
     """Patches and a class token through the blocks; the class token, projected, is the embedding."""
 
-    def __init__(self, tower: ViTTower, embed_dim: int, *, dtype: str, remat: str, key: jax.Array):
+    def __init__(self, tower: ViTTower, embed_dim: int, compute: Compute, *, key: jax.Array):
         width = tower.width
         patches, cls, positions, blocks, projection = jax.random.split(key, 5)
         self.patch_embed = PatchEmbed(tower.patch_size, width, key=patches)
@@ -38,23 +39,25 @@ class ViT(nnx.Module):
         self.blocks = transformer.stack(lambda k: transformer.image_block(k, tower), blocks, tower.depth)
         self.post_norm = LayerNorm(width)
         self.projection = normal(projection, (width, embed_dim), width**-0.5)
-        self.dtype = dtype
-        self.remat = remat
+        self.compute = compute
 
     def __call__(self, image_BHWC: Float[jax.Array, "B H W C"], *, train: bool = False) -> Float[jax.Array, "B E"]:
         """Returns embeddings, not normalised, of images that are (mean and deviation of `Preprocess`).
 
         Nothing here is done differently when training; a `ResNet` does.
         """
-        x_BLD = transformer.run(self.blocks, self._embed(image_BHWC), remat=self.remat)
-        return self.post_norm(x_BLD[:, 0]) @ self.projection[...].astype(self.dtype)
+        x_BLD, class_token_B = self._embed(image_BHWC), jnp.zeros(len(image_BHWC), jnp.int32)
+        x_BD = transformer.run(self.blocks, x_BLD, class_token_B, self.compute)
+        return self.post_norm(x_BD) @ self.projection[...].astype(self.compute.dtype)
 
     def states(self, image_BHWC: Float[jax.Array, "B H W C"]) -> list[Float[jax.Array, "B L D"]]:
         """Returns what comes out of every block."""
         return list(transformer.states(self.blocks, self._embed(image_BHWC)))
 
     def _embed(self, image_BHWC: Float[jax.Array, "B H W C"]) -> Float[jax.Array, "B L D"]:
-        x_BPD = self.patch_embed(image_BHWC.astype(self.dtype))
-        cls_B1D = jnp.broadcast_to(self.class_embedding[...].astype(self.dtype), (len(x_BPD), 1, x_BPD.shape[-1]))
-        x_BLD = jnp.concatenate([cls_B1D, x_BPD], axis=1) + self.positional_embedding[...].astype(self.dtype)
+        x_BPD = self.patch_embed(image_BHWC.astype(self.compute.dtype))
+        cls_B1D = jnp.broadcast_to(
+            self.class_embedding[...].astype(self.compute.dtype), (len(x_BPD), 1, x_BPD.shape[-1])
+        )
+        x_BLD = jnp.concatenate([cls_B1D, x_BPD], axis=1) + self.positional_embedding[...].astype(self.compute.dtype)
         return self.pre_norm(x_BLD)

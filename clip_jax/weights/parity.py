@@ -25,7 +25,7 @@ from clip_jax.weights.mapping import unflatten
 BAR = 1e-5  # of ‖a − b‖∞ / ‖b‖∞, in float32
 PAIRS = 4
 
-Outputs = dict[str, np.ndarray]  # what a model computes, in order
+Outputs = dict[str, jax.Array | np.ndarray]  # what a model computes, in order
 
 
 class Row(NamedTuple):

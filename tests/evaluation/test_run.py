@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from clip_jax import compiled
 from clip_jax.api import Model
 from clip_jax.config import ModelConfig
 from clip_jax.data.sources import open_source
@@ -17,6 +18,7 @@ from clip_jax.evaluation import encode
 from clip_jax.evaluation.run import evaluate
 from clip_jax.models.clip import Definition
 from clip_jax.models.variants import architecture
+from clip_jax.weights.mapping import flatten
 
 SCHEMA = ["dataset", "model", "pretrained", "task", "metrics", "language"]
 
@@ -25,7 +27,13 @@ SCHEMA = ["dataset", "model", "pretrained", "task", "metrics", "language"]
 def model(tmp_path_factory):
     definition = Definition(architecture(ModelConfig(variant="ViT-W64/4@16px")))
     weights = jax.jit(definition.init)(jax.random.key(0))
-    return Model(definition, weights, "ViT-W64/4@16px", "random", tmp_path_factory.mktemp("results"))
+    return Model(
+        definition,
+        compiled.place(flatten(weights), definition),
+        "ViT-W64/4@16px",
+        "random",
+        tmp_path_factory.mktemp("results"),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +80,8 @@ def test_every_image_is_encoded_once_in_order_whatever_the_batch(model, digits, 
 
 
 def test_a_model_that_has_diverged_is_refused_instead_of_being_perfect(model, digits, tmp_path):
-    params = jax.tree.map(lambda x: x * np.nan, model.params)
-    diverged = dataclasses.replace(model, params=params, pretrained="runs/diverged")
+    placed = jax.tree.map(lambda x: x * np.nan, model.placed)
+    diverged = dataclasses.replace(model, placed=placed, pretrained="runs/diverged")
     for task in ("zeroshot_classification", "zeroshot_retrieval"):
         with pytest.raises(UserError, match="runs/diverged gives embeddings that are not finite"):
             evaluate(diverged, digits, task, output=tmp_path / "result.json")
