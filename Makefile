@@ -2,6 +2,7 @@
 # make test         what every change must pass, 15 minutes at most on 2 cores
 # make test-full    everything, the full-size and long cases too
 # make test-latest  all that needs no PyTorch, on the newest JAX (needs a Python of 3.12 or later)
+# make benchmark    clip_jax beside OpenAI's own code on this machine (a few minutes)
 # make lint         ruff
 # make clean        removes what these have set up, and leaves your runs
 # Each sets up what it needs, in folders that begin with .venv.
@@ -23,7 +24,7 @@ DATASET := tfds:captioned_digits:test
 ORACLES := "torch==2.13.0" "setuptools<81" regex tqdm packaging
 ORACLES_NO_DEPS := "torchvision==0.28.0" clip-anytorch
 
-.PHONY: quickstart test test-full test-latest lint clean
+.PHONY: quickstart test test-full test-latest benchmark lint clean
 
 quickstart: $(VENV)/.ready
 	$(VENV)/bin/python train.py --config=configs/quickstart.py --workdir=$(WORKDIR)
@@ -43,6 +44,9 @@ else
 test-latest: $(VENV_LATEST)/.ready
 	$(VENV_LATEST)/bin/python -m pytest -m "not full"
 endif
+
+benchmark: $(VENV_TEST)/.ready
+	$(VENV_TEST)/bin/python benchmarks/openai_clip.py
 
 lint: $(VENV_TEST)/.ready
 	$(VENV_TEST)/bin/python -m ruff check .

@@ -27,7 +27,7 @@ LAYERS = (
     ("clip_jax.pretrained", "clip_jax.planning", "clip_jax.command"),
     ("clip_jax.api",),
     ("clip_jax",),  # the public surface
-    ("train", "eval", "convert_weights", "configs"),
+    ("train", "eval", "convert_weights", "examples", "configs"),
 )
 
 # What a machine that only wants the models and the losses does not have.
@@ -44,7 +44,7 @@ def name_of(file: Path) -> str:
 
 FILES = {
     name_of(file): file
-    for pattern in ("clip_jax/**/*.py", "configs/*.py", "train.py", "eval.py", "convert_weights.py")
+    for pattern in ("clip_jax/**/*.py", "configs/*.py", "examples/*.py", "train.py", "eval.py", "convert_weights.py")
     for file in sorted(ROOT.glob(pattern))
 }
 
