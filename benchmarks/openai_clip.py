@@ -72,7 +72,7 @@ def load_ours(file: Path) -> list[float]:
 
     import clip_jax.api
 
-    return measured(lambda: jax.block_until_ready(clip_jax.load(file)[0].weights))
+    return measured(lambda: jax.block_until_ready(clip_jax.load(file)[0].placed))
 
 
 def load_theirs(file: Path) -> list[float]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
@@ -24,8 +25,7 @@ from clip_jax.weights.download import RELEASES
 
 Array = jax.Array | np.ndarray
 
-# Where captions are cut: a caption's features are the same at all lengths that hold it.
-TEXT_LENGTHS = (16, 24, 32, 48, 77)  # and the context length itself
+LEAST_LOGITS = 128  # rows and columns that logits are compiled for; then the powers of two above
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +43,19 @@ class Model:
         return self.definition.architecture
 
     @property
+    def context_length(self) -> int:
+        return self.architecture.text.context_length
+
+    @property
+    def vocab_size(self) -> int:
+        return self.architecture.text.vocab_size
+
+    @property
+    def logit_scale(self) -> Float[np.ndarray, ""]:
+        """Returns the logarithm of what cosine similarities are multiplied by, as it is learnt."""
+        return np.asarray(self.placed.params["logit_scale"])
+
+    @property
     def weights(self) -> Weights:
         """Returns the weights as training has them: a copy, where they are placed otherwise."""
         return compiled.stacked(self.placed, self.definition)
@@ -53,20 +66,29 @@ class Model:
         Raises:
             UserError: the images are not [n, image_size, image_size, 3].
         """
-        size = self.architecture.image.image_size
+        size, image_BHWC = self.architecture.image.image_size, np.asarray(image_BHWC)
         if image_BHWC.ndim != 4 or image_BHWC.shape[1:] != (size, size, 3):
             raise UserError(f"images of shape {image_BHWC.shape} do not fit; this model takes [n, {size}, {size}, 3]")
+        if not jnp.issubdtype(image_BHWC.dtype, jnp.floating):
+            raise UserError(f"images are {image_BHWC.dtype}, not floats: give what preprocess returns")
         return self._run(compiled.encode_image, image_BHWC)
 
     def encode_text(self, tokens_BL: Int[Array, "B L"]) -> Float[np.ndarray, "B E"]:
         """Returns text features, not L2-normalised, of what `tokenize` returns.
 
-        Computed up to the longest caption only: the mask is causal, so nothing behind an EOT is ever seen.
+        Computed up to the longest caption only, which changes nothing.
 
         Raises:
-            UserError: a caption is longer than the model's context.
+            UserError: not token ids [n, length], or a caption is longer than the model's context.
         """
-        return self._run(compiled.encode_text, self._cut(tokens_BL))
+        tokens_BL = self._checked(tokens_BL)
+        longest = int(tokens_BL.argmax(axis=1).max(initial=0)) + 1
+        return compiled.in_pieces(
+            lambda rows: compiled.encode_text(
+                self.definition, self.placed, compiled.cut(rows, longest, self.context_length)
+            ),
+            tokens_BL,
+        )
 
     def text_states(
         self, tokens_BL: Int[Array, "B L"], layer: int = -1, *, post_norm: bool = True
@@ -77,8 +99,9 @@ class Model:
         it does in the model itself behind the last block.
 
         Raises:
-            UserError: no such block.
+            UserError: no such block, or tokens that `encode_text` refuses.
         """
+        tokens_BL = self._checked(tokens_BL)[:, : self.context_length]
         depth = self.architecture.text.depth
         if not -depth <= layer < depth:
             raise UserError(f"layer={layer}: the text tower has {depth} blocks, 0 to {depth - 1} or -{depth} to -1")
@@ -89,7 +112,7 @@ class Model:
     ) -> tuple[Float[np.ndarray, "B A"], Float[np.ndarray, "A B"]]:
         """Returns (logits_per_image, logits_per_text): scaled cosine similarities."""
         img_BE, txt_AE = self.encode_image(image_BHWC), self.encode_text(tokens_AL)
-        sizes = [sum(size for _, size in compiled.pieces(len(x))) for x in (img_BE, txt_AE)]
+        sizes = [max(LEAST_LOGITS, 1 << (len(x) - 1).bit_length()) for x in (img_BE, txt_AE)]
         padded = [compiled.pad(x, size, value=1) for x, size in zip((img_BE, txt_AE), sizes, strict=True)]
         logits_BA = np.asarray(compiled.logits(self.definition, self.placed, *padded))[: len(img_BE), : len(txt_AE)]
         return logits_BA, logits_BA.T
@@ -101,17 +124,22 @@ class Model:
     def _run(self, encode: Callable[..., jax.Array], inputs: Array) -> np.ndarray:
         return compiled.in_pieces(functools.partial(encode, self.definition, self.placed), inputs)
 
-    def _cut(self, tokens_BL: Int[Array, "B L"]) -> Int[np.ndarray, "B M"]:
-        """Returns the tokens up to the first of the lengths that holds every caption, padded to it where needed."""
-        tokens_BL = np.asarray(tokens_BL)
-        context_length = self.architecture.text.context_length
-        longest = int(np.argmax(tokens_BL, axis=1).max(initial=0)) + 1
-        if longest > context_length:
+    def _checked(self, tokens_BL: Array) -> Int[np.ndarray, "B L"]:
+        """Returns tokens that the model can take; JAX itself would clamp an id, and wrap a large one."""
+        tokens_BL, text = np.asarray(tokens_BL), self.architecture.text
+        if tokens_BL.ndim != 2 or tokens_BL.shape[1] == 0 or not np.issubdtype(tokens_BL.dtype, np.integer):
             raise UserError(
-                f"a caption is too long for this model's context length {context_length}; use model.tokenize"
+                f"tokens are {tokens_BL.dtype} {list(tokens_BL.shape)}, not integers [n, length]; use model.tokenize"
             )
-        length = min([n for n in TEXT_LENGTHS if n >= longest] + [context_length])
-        return np.pad(tokens_BL[:, :length], ((0, 0), (0, max(0, length - tokens_BL.shape[1]))))
+        if tokens_BL.size and not 0 <= tokens_BL.min() <= tokens_BL.max() < text.vocab_size:
+            raise UserError(
+                f"token ids from {tokens_BL.min()} to {tokens_BL.max()}: this model knows 0 to {text.vocab_size - 1}"
+            )
+        if (tokens_BL.argmax(axis=1) >= text.context_length).any():
+            raise UserError(
+                f"a caption is too long for this model's context length {text.context_length}; use model.tokenize"
+            )
+        return tokens_BL.astype(np.int32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +152,7 @@ class ImagePreprocess:
         """Returns one image resized, cropped and normalised, float32 [H, W, 3]; of several a batch, [n, H, W, 3].
 
         Raises:
-            UserError: what was given is not a PIL image.
+            UserError: what was given is not a PIL image, or one that cannot be read.
         """
         size = self.architecture.image.image_size
         images = [image] if isinstance(image, Image.Image) else list(image) if isinstance(image, Iterable) else [image]
@@ -132,8 +160,11 @@ class ImagePreprocess:
             if not isinstance(one, Image.Image):
                 raise UserError(f"image {i} is not a PIL image but {type(one).__name__}; open it with PIL.Image.open")
         pixels_BHWC = np.zeros((len(images), size, size, 3), np.uint8)
-        for one, pixels_HWC in zip(images, pixels_BHWC, strict=True):
-            pixels_HWC[...] = evaluation_crop(one, size)
+        for i, one in enumerate(images):
+            try:
+                pixels_BHWC[i] = evaluation_crop(one, size)
+            except (OSError, ValueError) as error:  # PIL reads an image only when it is asked for its pixels
+                raise UserError(f"image {i} cannot be prepared: {error}") from error
         batch_BHWC = normalise_pixels(pixels_BHWC, self.architecture.preprocess)
         return batch_BHWC[0] if isinstance(image, Image.Image) else batch_BHWC
 
@@ -145,6 +176,7 @@ def available_models() -> list[str]:
 
 def load(
     source: str | os.PathLike,
+    device: str | jax.Device | None = None,
     *,
     variant: str | None = None,
     dtype: str = "float32",
@@ -153,21 +185,34 @@ def load(
     """Returns (model, preprocess) of a name of `available_models()`, a file of OpenAI's, a folder that
     `convert_weights.py` wrote, or the workdir of a run (its latest checkpoint).
 
-    Parameters are float32. `dtype` is what is computed in, "float32" or "bfloat16"; a `variant` that is given is what
-    the weights must be; `download_root` is the folder for released files (else `CLIP_JAX_CACHE`, else ~/.cache/clip).
+    Parameters are float32, on `device` ("cpu", "cuda", "tpu" or one of JAX's; None: JAX's first). `dtype` is what is
+    computed in, "float32" or "bfloat16"; a `variant` that is given is what the weights must be; `download_root` is the
+    folder for released files (else `CLIP_JAX_CACHE`, else ~/.cache/clip).
 
     Raises:
         UserError: nothing of that name, damaged, or not what was asked (lists what differs).
     """
     if dtype not in COMPUTE_DTYPES:
         raise UserError(f"{dtype=} is not one of {', '.join(COMPUTE_DTYPES)}")
+    device = _device(device)
     bundle = read(source, dtype=np.float32, download_root=download_root)
     if variant is not None:
         _check_variant(bundle, variant)
     definition = Definition(bundle.architecture, dtype=dtype)
-    placed = compiled.place(bundle.arrays, definition)
+    placed = compiled.place(bundle.arrays, definition, device)
     model = Model(definition, placed, bundle.variant, bundle.origin, bundle.results)
     return model, ImagePreprocess(bundle.architecture)
+
+
+def _device(device: str | jax.Device | None) -> jax.Device:
+    """Returns the device of a name, or JAX's first."""
+    if isinstance(device, jax.Device):
+        return device
+    try:
+        return jax.devices(device)[0]
+    except RuntimeError as error:
+        there = sorted({device.platform for device in jax.devices()} | {"cpu"})
+        raise UserError(f"{device=} is not to be had here; there are: {', '.join(there)}") from error
 
 
 def _check_variant(bundle: Bundle, variant: str) -> None:

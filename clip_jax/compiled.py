@@ -16,26 +16,28 @@ import numpy as np
 
 from clip_jax.models.clip import Definition, Weights
 from clip_jax.sharding import path_of
-from clip_jax.typing import Float
+from clip_jax.typing import Float, Int
 
 Array = jax.Array | np.ndarray
 Placed = Weights  # where blocks are kept apart, a tuple of arrays for each array
 
-# What calls are compiled for; other batches are padded, or done in pieces.
+# What calls are compiled for: other batches are padded, or done in pieces; captions are cut behind the longest. Where
+# reading the weights takes most of the time, a shorter caption gains little, and there are fewer lengths.
 BATCH_SIZES = (1, 4, 8, 32, 128)
+TEXT_LENGTHS = {1: (32,), 4: (32,), 8: (16, 24, 32, 48), 32: (16, 24, 32, 48), 128: (16, 24, 32, 48)}
 
 # How many dimensions of a kernel meet what comes in.
 DIMS_IN = {"attention/qkv/kernel": 1, "attention/out/kernel": 2, "mlp/up/kernel": 1, "mlp/down/kernel": 1}
 
 
-def place(arrays: dict[str, Array], definition: Definition) -> Placed:
-    """Returns the weights on the device; takes the arrays, by path, out of the dict, so that none is there twice."""
-    apart = jax.default_backend() == "cpu"
+def place(arrays: dict[str, Array], definition: Definition, device: jax.Device | None = None) -> Placed:
+    """Returns the weights on a device; takes the arrays, by path, out of the dict, so that none is there twice."""
+    device = device or jax.devices()[0]
 
     def put(keys: tuple, _) -> jax.Array | tuple[jax.Array, ...]:
         path = path_of(keys)
         x = arrays.pop(path)
-        return _apart(path, x) if apart and "/blocks/" in path else jax.device_put(x)
+        return _apart(path, x, device) if device.platform == "cpu" and "/blocks/" in path else jax.device_put(x, device)
 
     return Weights(*(jax.tree_util.tree_map_with_path(put, tree) for tree in definition.shapes()))
 
@@ -54,12 +56,12 @@ def _dims_in(path: str) -> int:
     return DIMS_IN.get(path.partition("/blocks/")[2], 0)
 
 
-def _apart(path: str, x: Array) -> tuple[jax.Array, ...]:
+def _apart(path: str, x: Array, device: jax.Device) -> tuple[jax.Array, ...]:
     """Returns one array a block, a kernel as a matrix [out, in]."""
     n, parts = _dims_in(path), np.asarray(x)
     if n:
         parts = [part.reshape(math.prod(part.shape[:n]), -1).T for part in parts]
-    return tuple(jax.device_put(part) for part in parts)
+    return tuple(jax.device_put(part, device) for part in parts)
 
 
 def _together(path: str, parts: tuple[jax.Array, ...], shape: tuple[int, ...]) -> jax.Array:
@@ -67,7 +69,7 @@ def _together(path: str, parts: tuple[jax.Array, ...], shape: tuple[int, ...]) -
     return jnp.stack([(part.T if _dims_in(path) else part).reshape(shape[1:]) for part in parts])
 
 
-def in_pieces(encode: Callable[[Array], jax.Array], inputs: Array) -> np.ndarray:
+def in_pieces(encode: Callable[[np.ndarray], jax.Array], inputs: np.ndarray) -> np.ndarray:
     """Returns the rows that `encode` makes of the inputs', called with no batch size but those of `BATCH_SIZES`."""
     outputs, start = [], 0
     for rows, size in pieces(len(inputs)):
@@ -88,7 +90,17 @@ def pieces(n: int) -> list[tuple[int, int]]:
     return found
 
 
-def pad(rows: Array, size: int, value: int = 0) -> Array:
+def cut(tokens_BL: Int[np.ndarray, "B L"], longest: int, context_length: int) -> Int[np.ndarray, "B M"]:
+    """Returns the tokens of a call up to the first of its lengths that holds the longest caption, padded where needed.
+
+    Behind a causal mask nothing after an EOT is ever seen: the features are the same.
+    """
+    lengths = [n for n in TEXT_LENGTHS[len(tokens_BL)] if longest <= n < context_length]
+    length = min([*lengths, context_length])
+    return np.pad(tokens_BL[:, :length], ((0, 0), (0, max(0, length - tokens_BL.shape[1]))))
+
+
+def pad(rows: np.ndarray, size: int, value: int = 0) -> np.ndarray:
     """Returns the rows, and others of one value behind them up to a size."""
     missing = size - len(rows)
     return np.pad(rows, ((0, missing), *((0, 0),) * (rows.ndim - 1)), constant_values=value) if missing else rows
@@ -103,11 +115,13 @@ def _bound(definition: Definition, placed: Placed):
 
 @functools.partial(jax.jit, static_argnums=0)
 def encode_image(definition: Definition, placed: Placed, image_BHWC: jax.Array) -> Float[jax.Array, "B E"]:
+    """Returns image features, not L2-normalised."""
     return _bound(definition, placed).encode_image(image_BHWC)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def encode_text(definition: Definition, placed: Placed, tokens_BL: jax.Array) -> Float[jax.Array, "B E"]:
+    """Returns text features, not L2-normalised."""
     return _bound(definition, placed).encode_text(tokens_BL)
 
 
@@ -115,6 +129,7 @@ def encode_text(definition: Definition, placed: Placed, tokens_BL: jax.Array) ->
 def text_states(
     definition: Definition, placed: Placed, tokens_BL: jax.Array, *, layer: int, post_norm: bool
 ) -> Float[jax.Array, "B L D"]:
+    """Returns the states behind one of the text tower's blocks."""
     text = _bound(definition, placed).text
     states_BLD = text.states(tokens_BL)[layer]
     return text.post_norm(states_BLD) if post_norm else states_BLD
@@ -122,4 +137,5 @@ def text_states(
 
 @functools.partial(jax.jit, static_argnums=0)
 def logits(definition: Definition, placed: Placed, img_BE: jax.Array, txt_AE: jax.Array) -> Float[jax.Array, "B A"]:
+    """Returns the logits per image of features that are not L2-normalised."""
     return _bound(definition, placed).logits(img_BE, txt_AE)[0]

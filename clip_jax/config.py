@@ -6,6 +6,8 @@ The same function reads the `config.json` of a workdir; a field that an older on
 """
 
 import dataclasses
+import reprlib
+import sys
 import types
 import typing
 from collections.abc import Iterator
@@ -178,11 +180,11 @@ def _convert(value: Any, hint: Any, at: str) -> Any:
         kinds = typing.get_args(hint)
         if len(kinds) == len(value):
             return tuple(_convert(v, kind, f"{at}[{i}]") for i, (v, kind) in enumerate(zip(value, kinds, strict=True)))
-    elif hint is float and type(value) in (int, float):
+    elif hint is float and (type(value) is float or (type(value) is int and abs(value) <= sys.float_info.max)):
         return float(value)
     elif type(value) is hint:
         return value
-    raise UserError(f"{at}={value!r} should be {type_name(hint)}")
+    raise UserError(f"{at}={reprlib.repr(value)} should be {type_name(hint)}")
 
 
 def _convert_union(value: Any, members: tuple[type, ...], at: str) -> Any:
@@ -193,9 +195,11 @@ def _convert_union(value: Any, members: tuple[type, ...], at: str) -> Any:
     if len(kinds) == 1:
         return _convert(value, kinds[0], at)
     by_word = {kind.kind: kind for kind in kinds}
-    word = value.get("kind", kinds[0].kind) if isinstance(value, dict) else getattr(value, "kind", None)
-    if word not in by_word:
-        raise UserError(f"{at}.kind={word!r}{nearest(str(word), by_word)}")
+    if not isinstance(value, (dict, *kinds)):
+        raise UserError(f"{at}={reprlib.repr(value)} should be an object whose kind is {' or '.join(by_word)}")
+    word = value.get("kind", kinds[0].kind) if isinstance(value, dict) else value.kind
+    if not isinstance(word, str) or word not in by_word:
+        raise UserError(f"{at}.kind={reprlib.repr(word)}{nearest(str(word), by_word)}")
     return _convert(value, by_word[word], at)
 
 

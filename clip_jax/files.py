@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import re
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,12 +14,15 @@ from clip_jax.errors import UserError
 def whole(path: Path) -> Iterator[Path]:
     """Yields a temporary path in the same folder; it becomes `path` when the block ends well, and is gone if not.
 
-    The folder is made when it is missing; the temporary name keeps the suffix, which some writers go by.
+    The folder is made when it is missing; the temporary name keeps the suffix, which some writers go by, and is
+    different at every call. A process that is killed leaves its temporary behind: `is_temporary` knows it.
 
     Raises:
         UserError: the file cannot be written, with the system's reason.
     """
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    if not path.name:
+        raise UserError(f"cannot write '{path}': it names no file; give the file a name")
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.{secrets.token_hex(4)}{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -27,6 +32,12 @@ def whole(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def is_temporary(name: str, target: str) -> bool:
+    """Returns whether a file of this name is one that `whole` began for the target, and perhaps never finished."""
+    stem, suffix = re.escape(Path(target).stem), re.escape(Path(target).suffix)
+    return re.fullmatch(rf"\.{stem}\.\d+(\.[0-9a-f]{{8}})?{suffix}", name) is not None
 
 
 def write_text(path: Path, text: str) -> None:

@@ -5,6 +5,7 @@
 
 import dataclasses
 import os
+import reprlib
 from pathlib import Path
 
 import jax
@@ -33,14 +34,18 @@ def read(
     Raises:
         UserError: nothing of that name, or a damaged one.
     """
+    if not isinstance(source, str | os.PathLike):
+        raise UserError(f"a model is a name or a path, not {reprlib.repr(source)} of type {type(source).__name__}")
+    if source == "":
+        raise UserError("the name of a model is empty; the folder one is in is '.'")
     if source in RELEASES:
         file = fetch(RELEASES[source], None if download_root is None else Path(download_root))
         return dataclasses.replace(openai.read(file, dtype), variant=str(source), origin=f"openai: {file}")
-    path = Path(source)
-    if path.is_file():
+    path = _expanded(source)
+    if os.path.isfile(path):  # noqa: PTH113 (Path's own fails for a name that is too long)
         return openai.read(path, dtype)
-    if path.is_dir():
-        return bundle.read_folder(path, dtype) if bundle.is_bundle(path) else _read_run(Workdir(path))
+    if os.path.isdir(path):  # noqa: PTH112
+        return _read_folder(path, dtype)
     raise UserError(
         f"{str(source)!r} is no file, no folder, and none of the models that can be downloaded: {', '.join(RELEASES)}"
     )
@@ -57,6 +62,7 @@ def convert(source: str, target_format: str, target: Path, *, check: bool = Fals
     """
     if target_format not in WRITERS:
         raise UserError(f"unknown format {target_format!r}{nearest(target_format, WRITERS)}")
+    target = _expanded(target)
     original = read(source)
     reference = parity.reference(original) if check else None
     WRITERS[target_format](target, original)
@@ -67,6 +73,25 @@ def convert(source: str, target_format: str, target: Path, *, check: bool = Fals
     rows = parity.compare(read(target, dtype=np.float32), reference)
     console.print(parity.table(rows, title=f"{original.variant}: {target} against OpenAI's code"))
     return all(row.holds for row in rows)
+
+
+def _expanded(path: str | os.PathLike) -> Path:
+    return Path(os.path.expanduser(path))  # noqa: PTH111 (Path's own fails for a user that there is not)
+
+
+def _read_folder(path: Path, dtype: DType | None) -> Bundle:
+    """Returns the model of a folder in our format or of a run's, as its config.json says."""
+    file = path / bundle.CONFIG
+    if not os.path.lexists(file):
+        raise UserError(
+            f"{path} is not a run's folder, nor a model's: it has no {bundle.CONFIG}; choose another folder"
+        )
+    content = bundle.read_json(file)
+    if isinstance(content, dict) and "format" in content:
+        return bundle.read_folder(path, dtype)
+    if isinstance(content, dict) and "config" in content:
+        return _read_run(Workdir(path))
+    raise UserError(f"{file} should have 'format', as a model's folder, or 'config', as a run's; choose another folder")
 
 
 def _read_run(workdir: Workdir) -> Bundle:

@@ -102,7 +102,7 @@ class Workdir:
     def _read(self, part: str):
         try:
             content = json.loads(self.config_file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{self.path} is not a run's folder: its config.json: {error}") from error
         if not isinstance(content, dict) or part not in content:
             raise UserError(f"{self.config_file} should be an object with {part!r}")

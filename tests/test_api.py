@@ -4,6 +4,8 @@ import dataclasses
 import functools
 import hashlib
 import http.server
+import inspect
+import io
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -115,18 +117,32 @@ def captions(lengths: Sequence[int]) -> np.ndarray:
     return tokens
 
 
-def test_20_batch_sizes_in_a_row_cost_at_most_6_compilations(fresh, compilations):
-    tokens = captions([9] * 400)
-    sizes = [*range(1, 15), 31, 32, 33, 100, 257, 400]
-    features = {n: fresh.encode_text(tokens[:n]) for n in sizes}
-    assert len(sizes) == 20
+SIZES = [*range(1, 15), 31, 32, 33, 100, 257, 400]  # 20
+
+
+@pytest.mark.parametrize("longest", [9, 30])
+def test_20_batch_sizes_in_a_row_cost_at_most_6_compilations(fresh, compilations, longest):
+    tokens = captions(np.random.default_rng(2).integers(3, longest + 1, 400))
+    features = {n: fresh.encode_text(tokens[:n]) for n in SIZES}
     assert 0 < len(compilations) <= 6
+    assert [len(x) for x in features.values()] == SIZES
+
+
+def test_batch_sizes_of_images_and_of_both_cost_as_little_jax_arrays_or_not(fresh, compilations):
+    images = np.random.default_rng(1).normal(size=(400, 16, 16, 3)).astype(np.float32)
+    tokens = captions([9] * 400)
+    batches = [(jnp.asarray(images[:n]), jnp.asarray(tokens[:n])) for n in SIZES]
     compilations.clear()
-    images = np.random.default_rng(1).normal(size=(40, 16, 16, 3)).astype(np.float32)
-    for n in sizes:
-        fresh.encode_image(images[:n])
+    for image, _ in batches:
+        fresh.encode_image(image)
+    assert 0 < len(compilations) <= 6
+    for _, token in batches:
+        fresh.encode_text(token)
+    compilations.clear()
+    for image, token in batches:
+        fresh(image, tokens[:5])
+        fresh(images[:5], token)
     assert len(compilations) <= 6
-    assert [len(x) for x in features.values()] == sizes
 
 
 def test_results_do_not_depend_on_the_batch_that_a_row_came_in(fresh):
@@ -145,7 +161,7 @@ def test_results_do_not_depend_on_the_batch_that_a_row_came_in(fresh):
 
 @pytest.mark.parametrize("longest", [2, 15, 16, 17, 24, 25, 32, 33, 48, 49, 76, 77])
 def test_text_is_computed_up_to_the_longest_caption_only_with_the_features_of_all_77_positions(fresh, longest):
-    tokens = captions([longest, 2, max(2, longest - 3), longest])
+    tokens = captions([longest, 2, max(2, longest - 3), longest, *[2] * 4])
     lengths = []
     whole = jax.jit(fresh.definition.bind(fresh.weights).encode_text)(tokens)
     encode = compiled.encode_text
@@ -153,7 +169,7 @@ def test_text_is_computed_up_to_the_longest_caption_only_with_the_features_of_al
         compiled, "encode_text", lambda *inputs: lengths.append(inputs[-1].shape) or encode(*inputs)
     ):
         found = fresh.encode_text(tokens)
-    assert lengths == [(4, next(n for n in (16, 24, 32, 48, 77) if n >= longest))]
+    assert lengths == [(8, next(n for n in (16, 24, 32, 48, 77) if n >= longest))]
     np.testing.assert_allclose(found, whole, rtol=0, atol=1e-5 * np.abs(whole).max())
 
 
@@ -182,6 +198,30 @@ def test_text_states_are_those_of_each_block_and_the_last_normed_one_pools_to_th
         fresh.text_states(tokens, 2)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "words"),
+    [
+        (np.zeros(77, np.int32), r"\[77\], not integers \[n, length\]"),
+        (np.zeros((2, 3, 77), np.int32), r"\[2, 3, 77\]"),
+        (np.zeros((2, 77)), "float64"),
+        (np.zeros((2, 0), np.int32), r"\[2, 0\]"),
+        (np.full((1, 77), 49408), "from 49408 to 49408: this model knows 0 to 49407"),
+        (np.full((1, 77), 2**32 + 320), "4294967616"),
+        (np.full((1, 77), -1), "from -1"),
+    ],
+    ids=str,
+)
+def test_what_are_no_tokens_of_the_model_is_refused_where_jax_would_clamp_or_wrap(fresh, tokens, words):
+    for call in (Model.encode_text, Model.text_states):
+        with pytest.raises(UserError, match=words):
+            inspect.unwrap(call)(fresh, tokens)  # as users call it: without jaxtyping before it
+
+
+def test_pixels_that_were_not_preprocessed_are_refused(fresh):
+    with pytest.raises(UserError, match="uint8, not floats"):
+        inspect.unwrap(Model.encode_image)(fresh, np.zeros((1, 16, 16, 3), np.uint8))
+
+
 # --- preprocessing ---
 
 
@@ -202,7 +242,32 @@ def test_what_is_no_image_is_refused_by_its_type(loaded, wrong):
         preprocess(wrong)
 
 
+def test_an_image_that_cannot_be_read_is_named_by_its_place(loaded, tmp_path):
+    _, preprocess = loaded
+    path = tmp_path / "cut.png"
+    Image.effect_noise((50, 50), 90).save(path)
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(UserError, match=r"image 1 cannot be prepared: .*truncated"):
+        preprocess([Image.new("RGB", (9, 9)), Image.open(io.BytesIO(path.read_bytes()))])
+
+
 # --- load ---
+
+
+def test_the_device_may_be_named_as_openais_snippets_do(files):
+    model, _ = clip_jax.load(files["file"], "cpu")
+    assert {x.device for x in jax.tree.leaves(model.placed)} == {jax.devices("cpu")[0]}
+    other, _ = clip_jax.load(files["file"], device=jax.devices()[3])
+    assert {x.device for x in jax.tree.leaves(other.placed)} == {jax.devices()[3]}
+    np.testing.assert_array_equal(other.encode_text(captions([5])), model.encode_text(captions([5])))
+    with pytest.raises(UserError, match="device='tpu' is not to be had here; there are: cpu"):
+        clip_jax.load(files["file"], device="tpu")
+
+
+def test_a_model_knows_its_sizes_and_temperature(files):
+    model, _ = clip_jax.load(files["file"])
+    assert (model.context_length, model.vocab_size) == (77, 49408)
+    np.testing.assert_allclose(np.exp(model.logit_scale), 1 / 0.07, rtol=1e-6)
 
 
 def test_the_nine_models_have_openais_names_in_openais_order():

@@ -79,6 +79,30 @@ def test_a_value_of_the_wrong_type_is_refused_with_path_value_and_type(path, val
         c.build(Config, with_value(path, value))
 
 
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        ("image", 7, r"image=7 should be an object whose kind is vit or resnet"),
+        ("image", ["vit"], r"image=\['vit'\] should be an object"),
+        ("image", None, "image=None should be an object"),
+        ("image.kind", ["x"], r"image\.kind=\['x'\]; there are: resnet, vit"),
+        ("image.kind", {}, r"image\.kind={}; there are"),
+        ("image.kind", "vits", r"image\.kind='vits'; did you mean 'vit'"),
+        ("preprocess.mean", [10**400, 0, 0], r"preprocess\.mean\[0\]=1000.*\.\.\..* should be float"),
+        ("text.width", [[0] * 99] * 99, r"text\.width=\[\[0, .{,300} should be int"),
+    ],
+)
+def test_odd_values_of_an_architecture_are_refused_in_a_short_line(path, value, words):
+    values = node = dataclasses.asdict(VARIANTS["ViT-B/32"])
+    *parents, name = path.split(".")
+    for parent in parents:
+        node = node[parent]
+    node[name] = value
+    with pytest.raises(UserError, match=words) as error:
+        c.build(Architecture, values)
+    assert len(str(error.value)) < 400
+
+
 def test_an_unknown_field_is_refused_with_the_nearest_and_missing_ones_are_defaults_or_listed():
     with pytest.raises(UserError, match=r"'optim\.learning_rat'.*'optim\.learning_rate'"):
         c.build(Config, with_value("optim.learning_rat", 1.0))

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import rich.console
 import rich.progress
@@ -62,7 +61,7 @@ def encode_images(model: Encoder, source: Source) -> Encoded:
     for images, part in rich.progress.track(
         batches, f"{source.name}:{source.split}", total=total, console=console, disable=not console.is_terminal
     ):
-        embeddings = l2_normalise(model.encode_image(normalise_pixels(jnp.asarray(images), arch.preprocess)))
+        embeddings = l2_normalise(model.encode_image(normalise_pixels(images, arch.preprocess)))
         features.append(np.asarray(embeddings))
         labels += [record.label for record in part]
         captions += [record.captions for record in part]

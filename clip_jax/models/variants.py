@@ -5,12 +5,17 @@ pixel normalisation. It is plain data: this file imports no jax.
 """
 
 import dataclasses
+import math
 from typing import ClassVar
 
 from clip_jax.config import ModelConfig
 from clip_jax.errors import UserError, nearest
 
 ACTIVATIONS = ("quick_gelu", "gelu")  # between the two products of an MLP; clip_jax/models/layers.py has them
+
+# Far beyond any model; a larger number in a file is a mistake, and building it would take for ever.
+LARGEST_SIZE = 2**20
+LARGEST_DEPTH = 256  # blocks a tower, or bottlenecks a stage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +32,10 @@ class ViTTower:
     kind: str = "vit"
 
     def __post_init__(self):
+        _check_depth("image", self.depth)
+        _check_sizes("the image tower's ", patch_size=self.patch_size, width=self.width, mlp_dim=self.mlp_dim)
         _check_multiple(self.image_size, self.patch_size, f"patch_size={self.patch_size}")
+        _check_sizes("the image tower's ", image_size=self.image_size, num_patches=self.num_patches)
         _check_heads("image", self.width, self.num_heads)
         _check_activation("image", self.activation)
 
@@ -50,8 +58,11 @@ class ResNetTower:
 
     def __post_init__(self):
         _check_multiple(self.image_size, self.STRIDE, f"{self.STRIDE}, the stride of a ResNet")
-        if min(self.depths) < 1:
-            raise UserError(f"depths={self.depths}: every stage has at least one bottleneck")
+        _check_sizes("the image tower's ", image_size=self.image_size, width=self.width, num_patches=self.num_patches)
+        if self.width % 2:
+            raise UserError(f"the image tower's width={self.width} is odd; the stem of a ResNet begins with half of it")
+        if not all(1 <= depth <= LARGEST_DEPTH for depth in self.depths):
+            raise UserError(f"depths={self.depths}: every stage of a ResNet has 1 to {LARGEST_DEPTH} bottlenecks")
         _check_heads("image", 32 * self.width, self.num_heads)
 
     @property
@@ -77,8 +88,22 @@ class TextTower:
     def __post_init__(self):
         if self.context_length < 3:
             raise UserError(f"context_length={self.context_length} has no room for a word, SOT and EOT; at least 3")
+        _check_depth("text", self.depth)
+        sizes = {"context_length": self.context_length, "vocab_size": self.vocab_size}
+        _check_sizes("the text tower's ", **sizes, width=self.width, mlp_dim=self.mlp_dim)
         _check_heads("text", self.width, self.num_heads)
         _check_activation("text", self.activation)
+
+
+def _check_sizes(whose: str, **sizes: int) -> None:
+    for name, size in sizes.items():
+        if not 1 <= size <= LARGEST_SIZE:
+            raise UserError(f"{whose}{name}={size} should be 1 to {LARGEST_SIZE}")
+
+
+def _check_depth(tower: str, depth: int) -> None:
+    if not 1 <= depth <= LARGEST_DEPTH:
+        raise UserError(f"the {tower} tower's depth={depth} should be 1 to {LARGEST_DEPTH}")
 
 
 def _check_multiple(image_size: int, step: int, what: str) -> None:
@@ -106,6 +131,12 @@ class Preprocess:
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)  # of pixels in [0, 1], RGB
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
 
+    def __post_init__(self):
+        if not all(math.isfinite(x) for x in self.mean):
+            raise UserError(f"preprocess.mean={self.mean} should be finite numbers")
+        if not all(math.isfinite(x) and x > 0 for x in self.std):
+            raise UserError(f"preprocess.std={self.std} should be finite and positive numbers")
+
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
@@ -115,6 +146,9 @@ class Architecture:
     image: ImageTower
     text: TextTower
     preprocess: Preprocess = Preprocess()
+
+    def __post_init__(self):
+        _check_sizes("", embed_dim=self.embed_dim)
 
 
 def _vit(embed_dim: int, image: tuple, text: tuple, context_length: int = 77) -> Architecture:

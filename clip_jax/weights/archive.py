@@ -4,14 +4,13 @@ Both kinds are zip archives: `<root>/data.pkl` is a pickle that describes object
 content of one storage. A `torch.save` file holds a dict of tensors; a TorchScript archive (`torch.jit.save`, OpenAI's
 released files) holds a tree of modules whose attributes are tensors, and code that is of no interest here.
 
-A pickle is a program. Ours may only name what rebuilds a tensor, ordered dicts, and the empty shells of TorchScript
-modules; everything else is refused by name before anything is called. Storages are mapped into memory, not read, and
-every member's CRC-32 is checked: a file that was damaged on its way is an error, never other numbers.
+A pickle is a program. We run it on a machine of our own, which knows PyTorch's opcodes alone: it may only name what
+rebuilds a tensor, ordered dicts, and the empty shells of TorchScript modules; everything else is refused by name before
+anything is called, and nothing outside the machine can be set. Storages are mapped into memory, not read, and every
+member's name and CRC-32 are checked: a file that was damaged on its way is an error, never other numbers.
 """
 
-import collections
 import dataclasses
-import io
 import math
 import mmap
 import pickle
@@ -19,6 +18,7 @@ import pickletools
 import struct
 import zipfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +43,10 @@ STORAGES = {
 }
 
 ALIGNMENT = 64  # bytes
-LARGEST_PICKLE = 64 << 20  # bytes; ViT-bigG's has 0.2 MB
-LARGEST_TREE = 1_000_000  # objects; a pickle can refer to one object many times over
+UTF8 = 0x800  # the flag of a zip archive's member whose name is UTF-8
+LARGEST_PICKLE = 8 << 20  # bytes; ViT-bigG's has 0.2 MB
+LARGEST_TREE = 200_000  # objects; a pickle can refer to one object many times over
+LONGEST_NAME = 1000  # characters of a tensor's dotted name
 
 
 def read(path: Path) -> dict[str, np.ndarray]:
@@ -65,32 +67,43 @@ class _Damaged(Exception):
     """What is wrong with a file; `read` adds whose it is."""
 
 
-@dataclasses.dataclass
+def _short(text: Any) -> str:
+    """Returns the beginning of a text that comes from the file, for a message."""
+    text = str(text)
+    return text if len(text) <= 200 else f"{text[:200]}…"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class _StorageType:
     """Stands for `torch.FloatStorage` and its kind in a pickle."""
 
     dtype: np.dtype
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Function:
+    """Stands for a function or class that a pickle may call."""
+
+    call: Callable[..., Any]
+
+
+@dataclasses.dataclass(slots=True)
 class _Shell:
     """Stands for an instance of any TorchScript class: its attributes, without its behaviour."""
 
-    attributes: dict[str, Any] = {}  # noqa: RUF012 (of one that has none; never written)
-
-    def __setstate__(self, state: Any) -> None:
-        self.attributes = state if isinstance(state, dict) else {}
+    attributes: dict[str | int, Any]
 
 
 def _rebuild_tensor(storage, offset, size, stride, *_) -> np.ndarray:
     """Returns the view that `torch._utils._rebuild_tensor_v2` would make; nothing outside the storage can be seen."""
-    if not isinstance(storage, np.ndarray) or len(size) != len(stride):
+    if not isinstance(storage, np.ndarray) or type(size) is not tuple or type(stride) is not tuple:
         raise _Damaged("a tensor that is not built on a storage")
-    if any(type(n) is not int or n < 0 for n in (offset, *size, *stride)):
-        raise _Damaged(f"a tensor of size {size}, stride {stride} at {offset}")
-    if len(size) > 32 or math.prod(size) > len(storage):
-        raise _Damaged(f"a tensor of size {size} in a storage of {len(storage)} elements")
+    if len(size) != len(stride) or len(size) > 32:
+        raise _Damaged(f"a tensor of {len(size)} dimensions and {len(stride)} strides")
+    if any(type(n) is not int or not 0 <= n < 1 << 63 for n in (offset, *size, *stride)):
+        raise _Damaged("a tensor whose size, strides or offset are not whole numbers from 0 up")
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) if all(size) else offset - 1
-    if last >= len(storage) or offset > len(storage):
+    if math.prod(size) > len(storage) or last >= len(storage) or offset > len(storage):
         raise _Damaged(f"a tensor of size {size}, stride {stride} at {offset} in a storage of {len(storage)} elements")
     strides = [step * storage.itemsize for step in stride]
     return np.lib.stride_tricks.as_strided(storage[offset:], size, strides, writeable=False)
@@ -100,35 +113,151 @@ def _rebuild_parameter(tensor, *_) -> np.ndarray:
     return tensor
 
 
+def _ordered_dict() -> dict:
+    return {}  # without arguments: PyTorch fills it afterwards, and a copy of a copy of a copy would fill the memory
+
+
+def _shell() -> _Shell:
+    return _Shell({})
+
+
 # All that a pickle may name, apart from `torch.…Storage` and `__torch__.…`.
 KNOWN = {
-    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
-    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
-    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("torch._utils", "_rebuild_tensor_v2"): _Function(_rebuild_tensor),
+    ("torch._utils", "_rebuild_parameter"): _Function(_rebuild_parameter),
+    ("collections", "OrderedDict"): _Function(_ordered_dict),
 }
 
 
-class _Unpickler(pickle.Unpickler):
-    """Builds what `KNOWN` and the two name spaces allow, and refuses every other name."""
+def _named(module: str, name: str) -> _Function | _StorageType:
+    """Returns what stands for a name in a pickle."""
+    if (module, name) in KNOWN:
+        return KNOWN[module, name]
+    if module == "torch" and name in STORAGES:
+        return _StorageType(STORAGES[name])
+    if module == "__torch__" or module.startswith("__torch__."):
+        return _Function(_shell)
+    asked = _short(f"{module}.{name}")
+    raise _Damaged(f"its pickle asks for {asked}, which is no part of a tensor: refused, nothing was run")
 
-    def __init__(self, data: bytes, storage):
-        super().__init__(io.BytesIO(data))
-        self._storage = storage
 
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in KNOWN:
-            return KNOWN[module, name]
-        if module == "torch" and name in STORAGES:
-            return _StorageType(STORAGES[name])
-        if module == "__torch__" or module.startswith("__torch__."):
-            return _Shell
-        raise _Damaged(f"its pickle asks for {module}.{name}, which is no part of a tensor: refused, nothing was run")
+class _Unpickler:
+    """A pickle machine of the opcodes that PyTorch uses.
 
-    def persistent_load(self, pid: Any) -> np.ndarray:
+    Python's own would set attributes of whatever is on its stack, call all that can be called, and hash any key, which
+    takes for ever where a tuple holds one tuple twice, and so on down.
+    """
+
+    def __init__(self, data: bytes, storage: Callable[[str, np.dtype, int], np.ndarray]):
+        self._data, self._storage = data, storage
+        self._stack: list[Any] = []
+        self._marks: list[int] = []  # places in the stack
+        self._memo: dict[int, Any] = {}
+
+    def load(self) -> Any:
+        """Returns the object that the pickle describes."""
+        for opcode, argument, _ in pickletools.genops(self._data):  # raises ValueError where no STOP ends it
+            self._step(opcode.name, argument)
+        return self._stack.pop()
+
+    def _step(self, opcode: str, argument: Any) -> None:
+        stack = self._stack
+        match opcode:
+            case "PROTO" | "FRAME" | "STOP":
+                pass
+            case "BININT" | "BININT1" | "BININT2" | "LONG1" | "INT" | "LONG" | "BINFLOAT":
+                stack.append(argument)
+            case "BINUNICODE" | "SHORT_BINUNICODE" | "BINSTRING" | "SHORT_BINSTRING":
+                stack.append(argument)
+            case "NONE" | "NEWTRUE" | "NEWFALSE":
+                stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[opcode])
+            case "EMPTY_TUPLE" | "EMPTY_LIST" | "EMPTY_DICT":
+                stack.append({"EMPTY_TUPLE": tuple, "EMPTY_LIST": list, "EMPTY_DICT": dict}[opcode]())
+            case "PUT" | "BINPUT" | "LONG_BINPUT":
+                self._memo[argument] = stack[-1]
+            case "MEMOIZE":
+                self._memo[len(self._memo)] = stack[-1]
+            case "GET" | "BINGET" | "LONG_BINGET":
+                stack.append(self._memo[argument])
+            case "MARK":
+                self._marks.append(len(stack))
+            case "POP":
+                stack.pop()
+            case "POP_MARK":
+                self._since_mark()
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                self._marks.append(len(stack) - int(opcode[-1]))
+                stack.append(tuple(self._since_mark()))
+            case "TUPLE":
+                stack.append(tuple(self._since_mark()))
+            case "LIST":
+                stack.append(self._since_mark())
+            case "DICT":
+                items = self._since_mark()
+                self._set({}, items)
+            case "APPEND" | "APPENDS":
+                items = [stack.pop()] if opcode == "APPEND" else self._since_mark()
+                _expect(stack[-1], list).extend(items)
+            case "SETITEM" | "SETITEMS":
+                if opcode == "SETITEM":
+                    self._marks.append(len(stack) - 2)
+                items = self._since_mark()
+                self._set(_expect(stack.pop(), dict), items)
+            case "GLOBAL":
+                module, _, name = argument.partition(" ")
+                stack.append(_named(module, name))
+            case "STACK_GLOBAL":
+                name, module = _expect(stack.pop(), str), _expect(stack.pop(), str)
+                stack.append(_named(module, name))
+            case "REDUCE" | "NEWOBJ":
+                arguments, function = _expect(stack.pop(), tuple), _expect(stack.pop(), _Function)
+                stack.append(function.call(*arguments))
+            case "BUILD":
+                self._build(stack.pop())
+            case "BINPERSID":
+                stack.append(self._refer(stack.pop()))
+            case _:
+                raise _Damaged(f"its pickle uses {opcode}, which describes no tensor: refused, nothing was run")
+
+    def _since_mark(self) -> list[Any]:
+        """Takes from the stack all that lies above the last mark."""
+        place = self._marks.pop()
+        if not 0 <= place <= len(self._stack):
+            raise _Damaged("its pickle is damaged: a mark is out of place")
+        items = self._stack[place:]
+        del self._stack[place:]
+        return items
+
+    def _set(self, target: dict, items: list[Any]) -> None:
+        """Puts keys and values, one after the other, into a dict, and that on the stack."""
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            if type(key) not in (str, int) or (type(key) is int and key.bit_length() > 63):
+                raise _Damaged(
+                    f"its pickle has a dict whose key is a {type(key).__name__}: neither a name nor a number"
+                )
+            target[key] = value
+        self._stack.append(target)
+
+    def _build(self, state: Any) -> None:
+        """Gives a shell its attributes; a state dict's, its `_metadata`, are of no use here."""
+        target = self._stack[-1]
+        if isinstance(target, _Shell):
+            target.attributes = state if isinstance(state, dict) else {}
+        else:
+            _expect(target, dict)
+
+    def _refer(self, pid: Any) -> np.ndarray:
         match pid:
-            case ("storage", _StorageType(dtype=dtype), str(key), _, int(count)):
+            case (str("storage"), _StorageType(dtype=dtype), str(key), _, int(count)):
                 return self._storage(key, dtype, count)
-        raise _Damaged(f"its pickle refers to {pid!r}, which is no storage")
+        raise _Damaged(f"its pickle refers to a {type(pid).__name__} that is no storage")
+
+
+def _expect(value: Any, kind: type) -> Any:
+    """Returns the value, which has to be of the kind that an opcode works on."""
+    if type(value) is not kind:
+        raise _Damaged(f"its pickle is damaged: a {type(value).__name__} where a {kind.__name__.strip('_')} belongs")
+    return value
 
 
 class _Archive:
@@ -143,15 +272,20 @@ class _Archive:
                         "again: torch.save(torch.load(path, weights_only=True), path)"
                     )
                 with zipfile.ZipFile(file) as archive:  # reads the directory at the file's end, and no member
-                    self._members = {info.filename: info for info in archive.infolist()}
+                    listed = archive.infolist()
                 self._content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error) as error:
             raise _Damaged(f"not a PyTorch file, or a damaged one: {error}") from error
         except OSError as error:
             raise _Damaged(f"cannot be read: {error.strerror or error}") from error
+        self._members = {info.filename: info for info in listed}
+        self._checked: dict[str, memoryview] = {}  # members' content; many tensors can share one
+        self._taken = 0  # bytes of them
+        if len(self._members) != len(listed):
+            raise _Damaged("two members have the same name")
         strange = [name for name in self._members if name.startswith("/") or ".." in name.split("/") or "\\" in name]
         if strange:
-            raise _Damaged(f"a member is called {strange[0]!r}, which leads out of the archive")
+            raise _Damaged(f"a member is called {_short(strange[0])!r}, which leads out of the archive")
         roots = [
             name.removesuffix("data.pkl")
             for name in self._members
@@ -167,14 +301,15 @@ class _Archive:
             raise _Damaged("its numbers are big-endian; save it again on another machine")
         data = bytes(self._member("data.pkl", limit=LARGEST_PICKLE))
         try:
-            _check_opcodes(data)
             return _Unpickler(data, self._storage).load()
         except _Damaged:
             raise
         except Exception as error:  # what the pickle machine stumbles over can be of any kind
-            raise _Damaged(f"its pickle is damaged: {type(error).__name__}: {error}") from error
+            raise _Damaged(f"its pickle is damaged: {type(error).__name__}: {_short(error)}") from error
 
     def _storage(self, key: str, dtype: np.dtype, count: int) -> np.ndarray:
+        if len(key) > LONGEST_NAME:
+            raise _Damaged(f"its pickle refers to storage {_short(key)!r}")
         content = self._member(f"data/{key}")
         if count < 0 or len(content) != count * dtype.itemsize:
             raise _Damaged(f"storage {key} has {len(content)} bytes, not {count} × {dtype.itemsize}")
@@ -182,6 +317,8 @@ class _Archive:
 
     def _member(self, name: str, limit: int | None = None) -> memoryview:
         """Returns the content of a member, which is stored uncompressed and undamaged."""
+        if name in self._checked:
+            return self._checked[name]
         info = self._members.get(self._root + name)
         if info is None:
             raise _Damaged(f"member {name!r} is missing")
@@ -192,33 +329,21 @@ class _Archive:
         header = bytes(self._content[info.header_offset : info.header_offset + 30])
         if len(header) < 30 or header[:4] != b"PK\x03\x04":
             raise _Damaged(f"member {name!r} has no header where the directory says")
-        start = info.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))
+        name_size, extra_size = struct.unpack("<HH", header[26:30])
+        recorded = bytes(self._content[info.header_offset + 30 : info.header_offset + 30 + name_size])
+        if recorded != info.orig_filename.encode("utf-8" if info.flag_bits & UTF8 else "cp437"):
+            raise _Damaged(f"member {name!r} has another name in its own header than in the directory")
+        start = info.header_offset + 30 + name_size + extra_size
         content = self._content[start : start + info.file_size]
         if len(content) != info.file_size:
             raise _Damaged(f"member {name!r} is cut short: the file is truncated")
+        self._taken += len(content)
+        if self._taken > len(self._content):
+            raise _Damaged("its members overlap")
         if zlib.crc32(content) != info.CRC:
             raise _Damaged(f"member {name!r} is damaged: its CRC-32 is not the one recorded")
+        self._checked[name] = content
         return content
-
-
-# What PyTorch's picklers use, and nothing that calls or imports in another way.
-OPCODES = frozenset(
-    """
-    PROTO FRAME STOP MARK POP POP_MARK MEMOIZE GET BINGET LONG_BINGET PUT BINPUT LONG_BINPUT NONE NEWTRUE NEWFALSE
-    BININT BININT1 BININT2 LONG1 INT LONG BINFLOAT BINUNICODE SHORT_BINUNICODE BINSTRING SHORT_BINSTRING
-    EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST LIST APPEND APPENDS EMPTY_DICT DICT SETITEM SETITEMS
-    GLOBAL STACK_GLOBAL REDUCE NEWOBJ BUILD BINPERSID
-    """.split()  # noqa: SIM905 (fifty quoted words are harder to read)
-)
-
-
-def _check_opcodes(data: bytes) -> None:
-    """Raises `_Damaged` for an opcode PyTorch does not use, or a memo index that would take gigabytes to hold."""
-    for opcode, argument, _ in pickletools.genops(data):
-        if opcode.name not in OPCODES:
-            raise _Damaged(f"its pickle uses {opcode.name}, which describes no tensor: refused, nothing was run")
-        if "PUT" in opcode.name and int(argument) > len(data):
-            raise _Damaged(f"its pickle numbers an object {argument}, of at most {len(data)}")
 
 
 def _flatten(tree: Any) -> dict[str, np.ndarray]:
@@ -227,13 +352,15 @@ def _flatten(tree: Any) -> dict[str, np.ndarray]:
     waiting, seen = [("", tree)], 0
     while waiting:
         name, node = waiting.pop()
-        seen += 1
-        if seen > LARGEST_TREE:
-            raise _Damaged(f"more than {LARGEST_TREE} objects")
         if isinstance(node, np.ndarray):
             found[name] = node
         elif isinstance(node, dict | _Shell):
             children = node if isinstance(node, dict) else node.attributes
+            seen += len(children)
+            if seen > LARGEST_TREE:
+                raise _Damaged(f"more than {LARGEST_TREE} objects")
+            if children and len(name) + max(len(str(key)) for key in children) >= LONGEST_NAME:
+                raise _Damaged(f"a name is longer than {LONGEST_NAME} characters: {_short(name)}…")
             waiting += [(f"{name}.{key}" if name else str(key), child) for key, child in reversed(children.items())]
     return _unwrapped(found)
 

@@ -10,6 +10,8 @@ apart by what is in them.
 import dataclasses
 import json
 import mmap
+import os
+import reprlib
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,10 @@ import safetensors.numpy
 
 from clip_jax.config import build
 from clip_jax.errors import UserError
-from clip_jax.files import whole
+from clip_jax.files import is_temporary, whole
 from clip_jax.models.clip import Definition
 from clip_jax.models.variants import VARIANTS, Architecture
-from clip_jax.weights.mapping import DType, Rule, flatten, import_tensors
+from clip_jax.weights.mapping import DType, Rule, flatten, import_tensors, listed
 
 FORMAT = "clip_jax"
 CONFIG, TENSORS = "config.json", "model.safetensors"
@@ -62,8 +64,8 @@ def variant_of(architecture: Architecture, otherwise: str) -> str:
 def is_bundle(path: Path) -> bool:
     """Returns whether the folder says that it holds a model in our format; a run's folder does not."""
     try:
-        content = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = read_json(path / CONFIG)
+    except UserError:
         return False
     return isinstance(content, dict) and content.get("format") == FORMAT
 
@@ -110,6 +112,18 @@ def write_folder(path: Path, bundle: Bundle) -> None:
         (path / CONFIG).unlink(missing_ok=True)  # then the weights get their name, and last the config
 
 
+def read_json(path: Path) -> Any:
+    """Returns what a file of JSON says.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+
 def read_safetensors(path: Path) -> dict[str, np.ndarray]:
     """Returns the tensors of a safetensors file by their names, as read-only views of the file in memory.
 
@@ -128,7 +142,7 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
     start = 8 + int.from_bytes(content[:8], "little")
     header = {name: entry for name, entry in json.loads(content[8:start]).items() if name != "__metadata__"}
     if unknown := [f"{name} ({entry['dtype']})" for name, entry in header.items() if entry["dtype"] not in DTYPES]:
-        raise UserError(f"{path}: types that no model here has: {', '.join(unknown)}")
+        raise UserError(f"{path}: types that no model here has: {listed(unknown)}")
     return {
         name: np.ndarray(entry["shape"], DTYPES[entry["dtype"]], content, start + entry["data_offsets"][0])
         for name, entry in header.items()
@@ -149,26 +163,35 @@ def _save(path: Path, tensors: dict[str, np.ndarray]) -> None:
 
 def _read_config(path: Path) -> dict[str, Any]:
     """Returns a config.json that has all fields of our format, each of its type."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    content = read_json(path)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         found = content.get("format") if isinstance(content, dict) else content
-        raise UserError(f"{path}: format={found!r} should be {FORMAT!r}: the folder is not of our format")
+        raise UserError(f"{path}: format={reprlib.repr(found)} should be {FORMAT!r}: the folder is not of our format")
     for name, kind in (("variant", str), ("architecture", dict)):
         if not isinstance(content.get(name), kind):
-            raise UserError(f"{path}: {name}={content.get(name)!r} should be {kind.__name__}")
+            raise UserError(f"{path}: {name}={reprlib.repr(content.get(name))} should be {kind.__name__}")
     return content
 
 
 def _check_free(path: Path) -> None:
-    """Raises UserError when the folder holds anything but a model in our format."""
+    """Raises UserError when the folder holds anything but a model in our format, or what is left of one."""
     try:
-        if is_bundle(path) or not any(path.iterdir()):
+        names = [entry.name for entry in path.iterdir()]
+        names = [name for name in names if not any(is_temporary(name, ours) for ours in (CONFIG, TENSORS))]
+        if not names or is_bundle(path) or _is_interrupted(path):
             return
     except FileNotFoundError:
         return
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; choose another folder") from error
     raise UserError(f"{path} holds something other than a model in this format; choose another folder")
+
+
+def _is_interrupted(path: Path) -> bool:
+    """Returns whether the folder has the weights of a model in our format, but not yet its config."""
+    if os.path.lexists(path / CONFIG):
+        return False
+    try:
+        return "text/token_embedding" in read_safetensors(path / TENSORS)
+    except UserError:
+        return False

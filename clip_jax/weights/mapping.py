@@ -21,6 +21,7 @@ from clip_jax.errors import UserError
 from clip_jax.models.clip import Weights
 from clip_jax.sharding import path_of
 
+LONGEST_LIST = 20  # names in an error; a file of something else has thousands
 ALIGNMENT = 64  # bytes; what lies at a multiple JAX takes over on a CPU without copying it
 
 DType = np.dtype | type
@@ -102,10 +103,12 @@ def import_tensors(
 ) -> dict[str, np.ndarray]:
     """Returns our arrays, filled from a file's tensors.
 
-    Floats come in `dtype`, or where that is None in the dtype of their source; integers in the dtype of `shapes`.
+    Floats come in `dtype`, or where that is None in the dtype of their source: where several tensors fill one array,
+    in one that holds all of theirs. Integers come in the dtype of `shapes`.
 
     Raises:
-        UserError: tensors that no rule takes, that are missing, or that have another shape; all of them.
+        UserError: tensors that no rule takes, that are missing, that have another shape, or integers that do not fit;
+            all of them.
     """
     slots = _slots(rules, shapes)
     _check(tensors, slots, shapes)
@@ -175,9 +178,14 @@ def _check(tensors: Mapping[str, np.ndarray], slots: Mapping[str, _Slot], shapes
         tensor, like = tensors[name], shapes[slot.path]
         shape = slot.their_shape(like.shape)
         if tensor.shape == shape and _is_float(tensor.dtype) == _is_float(like.dtype):
-            return None
+            return None if _is_float(like.dtype) else too_large(name, tensor, like.dtype)
         kind = "float" if _is_float(like.dtype) else "int"
         return f"{name} is {tensor.dtype} {list(tensor.shape)}, not {kind} {list(shape)}"
+
+    def too_large(name: str, tensor: np.ndarray, dtype: np.dtype) -> str | None:
+        furthest = max((int(n) for n in (tensor.min(initial=0), tensor.max(initial=0))), key=abs)
+        limits = np.iinfo(dtype)
+        return None if limits.min <= furthest <= limits.max else f"{name} has {furthest}, which {dtype} cannot hold"
 
     mismatches = [mismatch(name, slot) for name, slot in slots.items() if name in tensors]
     problems = {
@@ -186,8 +194,14 @@ def _check(tensors: Mapping[str, np.ndarray], slots: Mapping[str, _Slot], shapes
         "of another shape or kind": [problem for problem in mismatches if problem],
     }
     if any(problems.values()):
-        lists = [f"{what} ({len(found)}): {', '.join(found)}" for what, found in problems.items() if found]
+        lists = [f"{what} ({len(found)}): {listed(found)}" for what, found in problems.items() if found]
         raise UserError(f"its tensors do not fit; {'; '.join(lists)}")
+
+
+def listed(names: Sequence[str]) -> str:
+    """Returns the names in one line, the first few where there are many."""
+    more = len(names) - LONGEST_LIST
+    return ", ".join(names[:LONGEST_LIST]) + (f" and {more} more" if more > 0 else "")
 
 
 def _is_float(dtype: DType) -> bool:

@@ -5,6 +5,9 @@ heads are 64 wide, an MLP is four times as wide as its tower, the activation is 
 """
 
 import math
+import os
+import re
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -90,7 +93,10 @@ RULES = (
     *(rule.inside("visual.attnpool", "image/attention_pool") for rule in ATTENTION_POOL),
 )
 
-CONSTANT = "attn_mask"  # the causal mask, where whoever traced a model left it as an attribute; it is no weight
+# Names of tensors that are no weights.
+IGNORED = (
+    r"(visual\.)?transformer\.resblocks\.\d+\.attn_mask",  # the causal mask, where a trace has it as an attribute
+)
 
 # What the sizes are taken from, and how many dimensions it has.
 TEXT_SIZES = {
@@ -117,7 +123,7 @@ def read(path: Path, dtype: DType | None = None) -> Bundle:
     Raises:
         UserError: not such a file, a damaged one, or tensors that are not those of a CLIP; all of them.
     """
-    tensors = {name: x for name, x in archive.read(path).items() if not name.endswith(CONSTANT)}
+    tensors = {name: x for name, x in archive.read(path).items() if not _is_ignored(name)}
     try:
         architecture = architecture_of(tensors)
         weights = {name: x for name, x in tensors.items() if name not in _numbers(architecture)}
@@ -132,9 +138,13 @@ def write(path: Path, bundle: Bundle) -> None:
 
     The file has the bundle's dtypes; `clip.load` itself makes most floats float16, even where it computes in float32.
 
+    A file of PyTorch's that is there already is replaced.
+
     Raises:
-        UserError: what the format cannot hold, all of it; or a file that cannot be written.
+        UserError: what the format cannot hold, all of it; or a file that cannot be written, or is something else.
     """
+    if os.path.lexists(path) and not (os.path.isfile(path) and zipfile.is_zipfile(path)):  # noqa: PTH113 (Path's fails for a long name)
+        raise UserError(f"{path} is there already and no PyTorch file; choose another name")
     archive.write(path, state_dict(bundle))
 
 
@@ -235,6 +245,10 @@ def _heads(tower: str, width: int) -> int:
     if width < HEAD_WIDTH:
         raise UserError(f"the {tower} tower's width={width} is less than one of OpenAI's heads: {HEAD_WIDTH}")
     return width // HEAD_WIDTH
+
+
+def _is_ignored(name: str) -> bool:
+    return any(re.fullmatch(pattern, name) for pattern in IGNORED)
 
 
 def _numbers(architecture: Architecture) -> dict[str, int]:

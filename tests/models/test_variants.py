@@ -1,5 +1,6 @@
 """The table of architectures: OpenAI's parameter counts, every name's shapes, and what is said of bad sizes."""
 
+import dataclasses
 import math
 
 import jax
@@ -8,8 +9,18 @@ import pytest
 
 from clip_jax.config import ModelConfig
 from clip_jax.errors import UserError
+from clip_jax.models import layers, variants
 from clip_jax.models.clip import CLIP, Definition
-from clip_jax.models.variants import VARIANTS, TextTower, architecture
+from clip_jax.models.variants import (
+    LARGEST_DEPTH,
+    LARGEST_SIZE,
+    VARIANTS,
+    Architecture,
+    ResNetTower,
+    TextTower,
+    ViTTower,
+    architecture,
+)
 
 
 @pytest.mark.parametrize(
@@ -73,3 +84,64 @@ def test_heads_must_divide_the_width_and_a_context_must_have_room():
         TextTower(context_length=16, vocab_size=9, width=64, depth=1, num_heads=3, mlp_dim=64)
     with pytest.raises(UserError, match="context_length=2"):
         architecture(ModelConfig(context_length=2))
+
+
+VIT, RESNET = VARIANTS["ViT-B/32"], VARIANTS["RN50"]
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "words"),
+    [
+        (VIT.image, {"patch_size": 0}, "patch_size=0 should be 1 to"),
+        (VIT.image, {"patch_size": -32}, "patch_size=-32 should be 1 to"),
+        (VIT.image, {"mlp_dim": 0}, "mlp_dim=0 should be 1 to"),
+        (VIT.image, {"width": 0}, "image tower's width=0 should be 1 to"),
+        (VIT.image, {"width": -12}, "width=-12 should be 1 to"),
+        (VIT.image, {"width": 12 * 2**70}, f"width={12 * 2**70} should be 1 to 1048576"),
+        (VIT.image, {"depth": 0}, "image tower's depth=0 should be 1 to 256"),
+        (VIT.image, {"depth": 10**9}, "depth=1000000000 should be 1 to 256"),
+        (VIT.image, {"num_heads": 0}, "num_heads=0"),
+        (VIT.image, {"image_size": 2**40}, f"image_size={2**40} should be 1 to"),
+        (VIT.image, {"image_size": 2**20}, f"num_patches={2**30} should be 1 to"),
+        (RESNET.image, {"width": 0}, "width=0 should be 1 to"),
+        (RESNET.image, {"width": 1}, "width=1 is odd"),
+        (RESNET.image, {"width": -64}, "width=-64 should be 1 to"),
+        (RESNET.image, {"width": 65}, "width=65 is odd"),
+        (RESNET.image, {"width": 2**70}, f"width={2**70} should be 1 to"),
+        (RESNET.image, {"image_size": 2**40}, f"image_size={2**40} should be 1 to"),
+        (RESNET.image, {"depths": (1, 2, 1, 100_000)}, r"depths=\(1, 2, 1, 100000\): every stage .* 1 to 256"),
+        (RESNET.image, {"depths": (1, 2, 0, 1)}, r"depths=\(1, 2, 0, 1\): every stage .* 1 to 256"),
+        (RESNET.image, {"num_heads": 0}, "num_heads=0"),
+        (VIT.text, {"vocab_size": 0}, "vocab_size=0 should be 1 to"),
+        (VIT.text, {"context_length": 2**40}, f"context_length={2**40} should be 1 to"),
+        (VIT.text, {"mlp_dim": -1}, "text tower's mlp_dim=-1 should be 1 to"),
+        (VIT.text, {"depth": -1}, "text tower's depth=-1 should be 1 to"),
+        (VIT.text, {"width": 0}, "text tower's width=0 should be 1 to"),
+        (VIT, {"embed_dim": 0}, "embed_dim=0 should be 1 to"),
+        (VIT, {"embed_dim": 2**70}, f"embed_dim={2**70} should be 1 to"),
+        (VIT.preprocess, {"mean": (0.5, math.nan, 0.5)}, "preprocess.mean=.*nan.* finite"),
+        (VIT.preprocess, {"std": (0.5, math.inf, 0.5)}, "preprocess.std=.*inf.* finite"),
+        (VIT.preprocess, {"std": (0.5, 0.0, 0.5)}, "preprocess.std=.*0.0.* positive"),
+    ],
+)
+def test_a_size_that_no_model_has_is_refused_before_anything_is_built(part, changes, words):
+    with pytest.raises(UserError, match=words) as error:
+        dataclasses.replace(part, **changes)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        ViTTower(LARGEST_SIZE, 1024, LARGEST_SIZE, LARGEST_DEPTH, LARGEST_SIZE, LARGEST_SIZE),
+        ResNetTower(32 * 1024, LARGEST_SIZE, (LARGEST_DEPTH,) * 4, 32),
+    ],
+    ids=["ViT", "RN"],
+)
+def test_the_largest_sizes_have_shapes(image):
+    text = TextTower(LARGEST_SIZE, LARGEST_SIZE, LARGEST_SIZE, LARGEST_DEPTH, LARGEST_SIZE, LARGEST_SIZE)
+    assert Definition(Architecture(LARGEST_SIZE, image, text)).shapes()
+
+
+def test_the_activations_that_have_a_name_are_those_that_have_a_function():
+    assert set(variants.ACTIVATIONS) == set(layers.ACTIVATIONS)

@@ -118,6 +118,10 @@ def test_a_runs_folder_and_ours_are_told_apart_by_what_is_in_them(tmp_path):
     Workdir(tmp_path / "run").claim(Config(model=ModelConfig(variant=SMALL)), VARIANTS[SMALL])
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text("{")
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "config.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"config\.json cannot be read: .*recursion"):
+        read_folder(tmp_path / "deep")
     (tmp_path / "list").mkdir()
     (tmp_path / "list" / "config.json").write_text("[]")
     assert [path.name for path in sorted(tmp_path.iterdir()) if is_bundle(path)] == ["model"]
@@ -264,3 +268,22 @@ def test_an_end_at_any_step_leaves_the_old_model_or_none(method, name, survives,
     else:
         with pytest.raises(UserError, match=r"config\.json cannot be read: No such file"):
             read_folder(tmp_path)
+    write_folder(tmp_path, some_bundle(seed=2))
+    assert_same(read_folder(tmp_path), some_bundle(seed=2))
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_what_a_killed_process_leaves_is_no_hindrance(finished, tmp_path):
+    if finished:
+        write_folder(tmp_path, some_bundle(seed=0))
+        (tmp_path / "config.json").unlink()
+    (tmp_path / ".config.123.0a1b2c3d.json").write_text("{")
+    (tmp_path / ".model.123.0a1b2c3d.safetensors").write_text("half")
+    write_folder(tmp_path, some_bundle(seed=1))
+    assert_same(read_folder(tmp_path), some_bundle(seed=1))
+
+
+def test_weights_of_someone_elses_are_not_overwritten(tmp_path):
+    safetensors.numpy.save_file({"model.weight": np.zeros(3)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="something other than a model"):
+        write_folder(tmp_path, some_bundle())

@@ -142,6 +142,28 @@ def test_one_error_lists_all_that_is_missing_not_known_and_of_another_shape_or_k
     )
 
 
+def test_of_many_names_an_error_says_the_first_and_how_many_more():
+    tensors = tensors_of(np.float32) | {f"more.{i}": np.zeros(()) for i in range(1000)}
+    del tensors["scale"]
+    with pytest.raises(
+        UserError, match=r"missing \(1\): scale; not known \(1000\): more\.0, .* and 980 more$"
+    ) as error:
+        import_tensors(RULES, tensors, SHAPES)
+    assert str(error.value).count("more.") == 20
+
+
+@pytest.mark.parametrize(
+    ("count", "fits"), [(2**31 - 1, True), (2**31, False), (-(2**31), True), (-(2**31) - 1, False)]
+)
+def test_a_count_that_ours_cannot_hold_is_refused_and_never_wraps(count, fits):
+    tensors = tensors_of(np.float32) | {"layer2.1.seen": np.array(count, np.int64)}
+    if fits:
+        assert import_tensors(RULES, tensors, SHAPES)["stage2/rest/count"][0] == count
+    else:
+        with pytest.raises(UserError, match=rf"layer2\.1\.seen has {count}, which int32 cannot hold"):
+            import_tensors(RULES, tensors, SHAPES)
+
+
 @pytest.mark.parametrize(
     ("rules", "words"),
     [

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import os
 import warnings
 from pathlib import Path
 
@@ -245,6 +246,48 @@ def test_a_resnet_without_a_stage_is_refused():
     tensors = {name: x for name, x in some_tensors(NARROW["RN"]).items() if "layer3" not in name}
     with pytest.raises(UserError, match=r"depths=\(2, 1, 0, 2\)"):
         openai.architecture_of(tensors)
+
+
+def test_a_file_with_more_blocks_than_any_model_is_refused_before_it_is_built(tmp_path):
+    many = {f"visual.layer2.{i}.x": np.zeros(1, np.float32) for i in range(60_000)}
+    with pytest.raises(UserError, match=r"depths=\(2, 60000, 3, 2\): every stage of a ResNet has 1 to 256") as error:
+        openai.architecture_of(some_tensors(NARROW["RN"]) | many)
+    assert len(str(error.value)) < 200
+
+
+def test_only_the_masks_of_a_trace_are_left_out(tmp_path):
+    tensors, mask = some_tensors(NARROW["ViT"]), np.zeros((12, 12), np.float32)
+    masks = {f"{tower}transformer.resblocks.1.attn_mask": mask for tower in ("", "visual.")}
+    archive.write(tmp_path / "file.pt", tensors | masks)
+    assert openai.read(tmp_path / "file.pt").architecture == NARROW["ViT"]
+    archive.write(tmp_path / "file.pt", tensors | masks | {"my_attn_mask": mask, "x.attn_mask": mask})
+    with pytest.raises(UserError, match=r"not known \(2\): my_attn_mask, x\.attn_mask"):
+        openai.read(tmp_path / "file.pt")
+
+
+@pytest.mark.parametrize("kind", ["text", "folder", "fifo", "link", "dangling"])
+def test_what_is_there_and_no_pytorch_file_is_never_overwritten(kind, tmp_path):
+    target, notes = tmp_path / "target", tmp_path / "notes.txt"
+    notes.write_text("mine")
+    {
+        "text": lambda: target.write_text("mine"),
+        "folder": target.mkdir,
+        "fifo": lambda: os.mkfifo(target),
+        "link": lambda: target.symlink_to(notes),
+        "dangling": lambda: target.symlink_to(tmp_path / "nowhere"),
+    }[kind]()
+    before = target.lstat()
+    with pytest.raises(UserError, match="target is there already and no PyTorch file; choose another name"):
+        openai.write(target, bundle_of(NARROW["ViT"]))
+    assert target.lstat() == before
+    assert sorted(tmp_path.iterdir()) == [notes, target]
+    assert notes.read_text() == "mine"
+
+
+def test_a_pytorch_file_is_replaced(tmp_path):
+    archive.write(tmp_path / "file.pt", {"x": np.zeros(3)})
+    openai.write(tmp_path / "file.pt", bundle_of(NARROW["ViT"]))
+    assert openai.read(tmp_path / "file.pt").architecture == NARROW["ViT"]
 
 
 def bundle_of(architecture: Architecture) -> Bundle:
