@@ -31,7 +31,7 @@ def test_kernels_embeddings_and_projections_decay_and_gains_and_biases_do_not(na
         kept = path.endswith(("/bias", "/scale", "class_embedding")) or path == "logit_scale"
         assert decays is not kept, path
     assert mask["text"]["blocks"]["mlp_norm"]["scale"] is False, "though it is a matrix, [depth D]"
-    assert mask["image"]["blocks"]["mlp"]["up"]["kernel"] is True
+    assert mask["text"]["blocks"]["mlp"]["up"]["kernel"] is True
 
 
 def test_a_parameter_of_unknown_kind_is_an_error():
