@@ -16,14 +16,15 @@ from clip_jax.compiled import Placed
 from clip_jax.config import COMPUTE_DTYPES, ModelConfig, leaves
 from clip_jax.data.transforms import evaluation_crop
 from clip_jax.errors import UserError
+from clip_jax.models.architecture import Architecture
 from clip_jax.models.clip import Definition, Weights, normalise_pixels
-from clip_jax.models.variants import Architecture, architecture
+from clip_jax.models.layers import Array
+from clip_jax.models.text import pooled_at
+from clip_jax.models.variants import architecture
 from clip_jax.pretrained import read
 from clip_jax.typing import Float, Int
 from clip_jax.weights.bundle import Bundle
 from clip_jax.weights.download import RELEASES
-
-Array = jax.Array | np.ndarray
 
 LEAST_LOGITS = 128  # rows and columns that logits are compiled for; then the powers of two above
 
@@ -76,16 +77,18 @@ class Model:
     def encode_text(self, tokens_BL: Int[Array, "B L"]) -> Float[np.ndarray, "B E"]:
         """Returns text features, not L2-normalised, of what `tokenize` returns.
 
-        Computed up to the longest caption only, which changes nothing.
+        Computed up to the longest caption only, where that changes nothing: behind a causal mask.
 
         Raises:
             UserError: not token ids [n, length], or a caption is longer than the model's context.
         """
-        tokens_BL = self._checked(tokens_BL)
-        longest = int(tokens_BL.argmax(axis=1).max(initial=0)) + 1
+        tokens_BL, text = self._checked(tokens_BL), self.architecture.text
+        longest = text.context_length
+        if not text.sees_padding:
+            longest = int(pooled_at(text, tokens_BL).max(initial=0)) + 1
         return compiled.in_pieces(
             lambda rows: compiled.encode_text(
-                self.definition, self.placed, compiled.cut(rows, longest, self.context_length)
+                self.definition, self.placed, compiled.cut(rows, longest, text.context_length)
             ),
             tokens_BL,
         )
@@ -135,7 +138,12 @@ class Model:
             raise UserError(
                 f"token ids from {tokens_BL.min()} to {tokens_BL.max()}: this model knows 0 to {text.vocab_size - 1}"
             )
-        if (tokens_BL.argmax(axis=1) >= text.context_length).any():
+        if text.sees_padding and tokens_BL.shape[1] != text.context_length:
+            raise UserError(
+                f"tokens are {list(tokens_BL.shape)}, not [n, {text.context_length}]: this model sees what stands "
+                "behind a caption; use model.tokenize"
+            )
+        if (pooled_at(text, tokens_BL) >= text.context_length).any():
             raise UserError(
                 f"a caption is too long for this model's context length {text.context_length}; use model.tokenize"
             )

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from clip_jax.models.clip import Definition, Weights
+from clip_jax.models.layers import Array
 from clip_jax.sharding import path_of
 from clip_jax.typing import Float, Int
 
-Array = jax.Array | np.ndarray
 Placed = Weights  # where blocks are kept apart, a tuple of arrays for each array
 
 # What calls are compiled for: other batches are padded, or done in pieces; captions are cut behind the longest. Where

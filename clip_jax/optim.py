@@ -10,12 +10,15 @@ from clip_jax.config import OptimConfig
 DECAYED = {
     "kernel": True,
     "projection": True,
+    "projection_bias": False,
     "token_embedding": True,
     "positional_embedding": True,
     "class_embedding": False,
+    "probe": True,
     "scale": False,
     "bias": False,
     "logit_scale": False,
+    "logit_bias": False,
 }
 
 

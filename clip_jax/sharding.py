@@ -43,9 +43,15 @@ RULES = (
     Rule(r"image/attention_pool/(query|key|value)/kernel", P("fsdp", "tensor")),  # [D N K]
     Rule(r"image/attention_pool/(query|key|value)/bias", P("tensor")),  # [N K]
     Rule(r"image/attention_pool/out/kernel", P("tensor", None, "fsdp")),  # [N K E]
+    Rule(r"image/map_pool/qkv/kernel", P("fsdp", None, "tensor")),  # [D 3 N K]
+    Rule(r"image/map_pool/qkv/bias", P(None, "tensor")),  # [3 N K]
+    Rule(r"image/map_pool/out/kernel", P("tensor", None, "fsdp")),  # [N K D]
+    Rule(r"image/map_pool/mlp/up/kernel", P("fsdp", "tensor")),  # [D F]
+    Rule(r"image/map_pool/mlp/up/bias", P("tensor")),  # [F]
+    Rule(r"image/map_pool/mlp/down/kernel", P("tensor", "fsdp")),  # [F D]
     Rule(r"text/token_embedding", P(None, "fsdp")),  # [V D]: by width, so that a look-up stays at home
     Rule(r".*/projection", P("fsdp")),  # [D E]
-    Rule(r".*(bias|scale|_embedding)", P()),  # vectors, positions and the temperature: small, everywhere
+    Rule(r".*(bias|scale|_embedding|probe)", P()),  # vectors, positions and the temperature: small, everywhere
     Rule(r".*/norm/(mean|variance|count)", P()),  # what batch norm has seen
 )
 

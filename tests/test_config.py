@@ -11,7 +11,8 @@ import pytest
 from clip_jax import config as c
 from clip_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimConfig
 from clip_jax.errors import UserError
-from clip_jax.models.variants import VARIANTS, Architecture, architecture
+from clip_jax.models.architecture import Architecture
+from clip_jax.models.variants import VARIANTS, architecture
 from clip_jax.workdir import Workdir
 
 CONFIG_FILES = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))

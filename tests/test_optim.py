@@ -23,12 +23,12 @@ def test_the_learning_rate_is_zero_then_linear_then_a_cosine_to_zero(warmup):
     assert schedule(200) == schedule(110) == 0
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", ["ViT-B/32", "RN50", "ViT-B-16-SigLIP", "ViT-L-14-CLIPA"])  # all kinds of paths
 def test_kernels_embeddings_and_projections_decay_and_gains_and_biases_do_not(name):
     mask = optim.decay_mask(Definition(VARIANTS[name]).shapes().params)
     for keys, decays in jax.tree_util.tree_leaves_with_path(mask):
         path = path_of(keys)
-        kept = path.endswith(("/bias", "/scale", "class_embedding")) or path == "logit_scale"
+        kept = path.endswith(("bias", "/scale", "class_embedding")) or path == "logit_scale"
         assert decays is not kept, path
     assert mask["text"]["blocks"]["mlp_norm"]["scale"] is False, "though it is a matrix, [depth D]"
     assert mask["text"]["blocks"]["mlp"]["up"]["kernel"] is True

@@ -11,8 +11,8 @@ import rich.progress
 from clip_jax.data.pipeline import evaluation_batches
 from clip_jax.data.sources import Source
 from clip_jax.errors import UserError
+from clip_jax.models.architecture import Architecture
 from clip_jax.models.clip import l2_normalise, normalise_pixels
-from clip_jax.models.variants import Architecture
 from clip_jax.typing import Float, Int
 
 BATCH = 256  # images or texts a call

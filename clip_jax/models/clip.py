@@ -1,7 +1,7 @@
 """CLIP (arXiv 2103.00020): two towers, one space, one temperature.
 
 Three facts live here and nowhere else: pixels are normalised, embeddings are L2-normalised, and `logit_scale` is stored
-as a logarithm and kept at or below ln 100.
+as a logarithm and kept at or below ln 100 (but for SigLIP, arXiv 2303.15343, whose loss has a bias and no limit).
 """
 
 import dataclasses
@@ -13,18 +13,19 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from clip_jax.models.architecture import Architecture, Preprocess
+from clip_jax.models.layers import Array
 from clip_jax.models.resnet import ResNet
 from clip_jax.models.text import TextTransformer
 from clip_jax.models.transformer import Compute
-from clip_jax.models.variants import Architecture, Preprocess
 from clip_jax.models.vit import ViT
 from clip_jax.typing import Float, Int, UInt8
 
 IMAGE_TOWERS = {"vit": ViT, "resnet": ResNet}  # by the architecture's word
 LOGIT_SCALE_INIT = math.log(1 / 0.07)
 LOGIT_SCALE_MAX = math.log(100)
+SIGLIP_SCALE_INIT, SIGLIP_BIAS_INIT = math.log(10), -10.0  # arXiv 2303.15343, section 3.2
 
-Array = jax.Array | np.ndarray
 Params = dict  # nested dicts of arrays; the keys are the modules' attribute names
 
 
@@ -43,7 +44,8 @@ class CLIP(nnx.Module):
         image_tower = IMAGE_TOWERS[architecture.image.kind]
         self.image = image_tower(architecture.image, architecture.embed_dim, compute, key=image)
         self.text = TextTransformer(architecture.text, architecture.embed_dim, compute, key=text)
-        self.logit_scale = nnx.Param(jnp.float32(LOGIT_SCALE_INIT))
+        self.logit_scale = nnx.Param(jnp.float32(SIGLIP_SCALE_INIT if architecture.logit_bias else LOGIT_SCALE_INIT))
+        self.logit_bias = nnx.Param(jnp.float32(SIGLIP_BIAS_INIT)) if architecture.logit_bias else None
 
     def encode_image(self, image_BHWC: Float[jax.Array, "B H W C"], *, train: bool = False) -> Float[jax.Array, "B E"]:
         """Returns image embeddings, not L2-normalised, in the compute dtype.
@@ -67,7 +69,8 @@ class CLIP(nnx.Module):
     def __call__(
         self, image_BHWC: Float[jax.Array, "B H W C"], tokens_AL: Int[jax.Array, "A L"]
     ) -> tuple[Float[jax.Array, "B A"], Float[jax.Array, "A B"]]:
-        """Returns (logits_per_image, logits_per_text): scaled cosine similarities, float32 or wider."""
+        """Returns (logits_per_image, logits_per_text): scaled cosine similarities, with SigLIP's bias where there is
+        one, float32 or wider."""
         return self.logits(self.encode_image(image_BHWC), self.encode_text(tokens_AL))
 
     def logits(
@@ -76,6 +79,8 @@ class CLIP(nnx.Module):
         """Returns (logits_per_image, logits_per_text) of embeddings that are not normalised yet."""
         cosines_BA = jnp.matmul(l2_normalise(img_BE), l2_normalise(txt_AE).T, precision=jax.lax.Precision.HIGHEST)
         logits_BA = self.scale() * cosines_BA
+        if self.logit_bias is not None:
+            logits_BA = logits_BA + self.logit_bias[...]
         return logits_BA, logits_BA.T
 
 
@@ -118,9 +123,11 @@ def normalise_pixels(image_BHWC: UInt8[Array, "B H W C"], preprocess: Preprocess
 
 
 def constrain(params: Params) -> Params:
-    """Returns parameters whose `logit_scale` is at most ln 100, as in the paper (section 2.5).
+    """Returns parameters whose `logit_scale` is at most ln 100, as in the paper (section 2.5); SigLIP has no limit.
 
     Applied to the stored value after each update, not inside the forward pass: a clipped forward has no gradient beyond
     the limit, and a parameter that momentum carried there would never come back.
     """
+    if "logit_bias" in params:
+        return params
     return params | {"logit_scale": jnp.minimum(params["logit_scale"], LOGIT_SCALE_MAX)}

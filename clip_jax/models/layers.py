@@ -7,9 +7,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from clip_jax.typing import Float, Int
+
+Array = jax.Array | np.ndarray
 
 
 def normal(key: jax.Array, shape: tuple[int, ...], std: float) -> nnx.Param:
@@ -32,7 +35,11 @@ def quick_gelu(x: Float[jax.Array, "..."]) -> Float[jax.Array, "..."]:
     return x * jax.nn.sigmoid(1.702 * x)
 
 
-ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": functools.partial(jax.nn.gelu, approximate=False)}
+ACTIVATIONS = {
+    "quick_gelu": quick_gelu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
 
 
 class LayerNorm(nnx.Module):
@@ -62,6 +69,16 @@ class Linear(nnx.Module):
     def __call__(self, x: Float[jax.Array, "..."]) -> Float[jax.Array, "..."]:
         kernel, bias = self.kernel[...].astype(x.dtype), self.bias[...].astype(x.dtype)
         return jnp.tensordot(x, kernel, axes=kernel.ndim - bias.ndim) + bias
+
+
+def project(
+    x_BD: Float[jax.Array, "B D"], kernel: nnx.Param | None, bias: nnx.Param | None = None
+) -> Float[jax.Array, "B E"]:
+    """Returns x in the joint space, which without a kernel is the tower's own."""
+    if kernel is None:
+        return x_BD
+    x_BE = x_BD @ kernel[...].astype(x_BD.dtype)
+    return x_BE if bias is None else x_BE + bias[...].astype(x_BD.dtype)
 
 
 class Attention(nnx.Module):
@@ -100,5 +117,5 @@ class MLP(nnx.Module):
         self.down = down  # kernel [F, D]
         self.activation = activation
 
-    def __call__(self, x_BLD: Float[jax.Array, "B L D"]) -> Float[jax.Array, "B L D"]:
-        return self.down(ACTIVATIONS[self.activation](self.up(x_BLD)))
+    def __call__(self, x: Float[jax.Array, "... D"]) -> Float[jax.Array, "... D"]:
+        return self.down(ACTIVATIONS[self.activation](self.up(x)))

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from clip_jax.models.architecture import ResNetTower
 from clip_jax.models.layers import Linear, normal, uniform, zeros
 from clip_jax.models.transformer import REMAT, Compute
-from clip_jax.models.variants import ResNetTower
 from clip_jax.typing import Float
 
 EXPANSION = 4  # a bottleneck's output is this many times as wide as its middle

@@ -1,17 +1,29 @@
-"""The text tower: a causal Transformer whose state at the EOT is the caption's embedding."""
+"""The text tower: a Transformer whose state at one position of a caption is the caption's embedding."""
 
 import jax
 from flax import nnx
 
 from clip_jax.models import transformer
-from clip_jax.models.layers import LayerNorm, normal
+from clip_jax.models.architecture import TextTower
+from clip_jax.models.layers import Array, LayerNorm, normal, project, zeros
 from clip_jax.models.transformer import Compute
-from clip_jax.models.variants import TextTower
 from clip_jax.typing import Float, Int
+
+# Which position stands for a caption, by the architecture's word; NumPy in, NumPy out.
+POOLS = {
+    "argmax": lambda tokens_BL, eos_id: tokens_BL.argmax(-1),  # OpenAI's EOT has the largest id: the first of them
+    "eos": lambda tokens_BL, eos_id: (tokens_BL == eos_id).argmax(-1),
+    "last": lambda tokens_BL, eos_id: (tokens_BL[:, 0] * 0) + (tokens_BL.shape[1] - 1),
+}
+
+
+def pooled_at(tower: TextTower, tokens_BL: Int[Array, "B L"]) -> Int[Array, " B"]:
+    """Returns the position of each caption whose state is its embedding."""
+    return POOLS[tower.pool](tokens_BL, tower.eos_id)
 
 
 class TextTransformer(nnx.Module):
-    """Token and position embeddings through causal blocks; the EOT's state, projected, is the embedding."""
+    """Token and position embeddings through the blocks; the state of one position, projected, is the embedding."""
 
     def __init__(self, tower: TextTower, embed_dim: int, compute: Compute, *, key: jax.Array):
         width = tower.width
@@ -19,19 +31,20 @@ class TextTransformer(nnx.Module):
         self.token_embedding = normal(tokens, (tower.vocab_size, width), 0.02)
         self.positional_embedding = normal(positions, (tower.context_length, width), 0.01)
         self.blocks = transformer.stack(lambda k: transformer.text_block(k, tower), blocks, tower.depth)
-        self.post_norm = LayerNorm(width)
-        self.projection = normal(projection, (width, embed_dim), width**-0.5)
+        self.post_norm = LayerNorm(width, eps=tower.eps)
+        self.projection = normal(projection, (width, embed_dim), width**-0.5) if tower.projection else None
+        self.projection_bias = zeros((embed_dim,)) if tower.projection_bias else None
+        self.tower = tower
         self.compute = compute
 
     def __call__(self, tokens_BL: Int[jax.Array, "B L"]) -> Float[jax.Array, "B E"]:
         """Returns embeddings, not normalised.
 
-        The EOT has the largest id, so `argmax` finds the first of them. Behind the causal mask nothing after it can be
-        seen: a batch may be cut to its longest caption, and the result is the same.
+        Behind a causal mask nothing after the pooled position can be seen: a batch may then be cut to its longest
+        caption, and the result is the same.
         """
-        x_BLD, eot_B = self._embed(tokens_BL), tokens_BL.argmax(-1)
-        x_BD = transformer.run(self.blocks, x_BLD, eot_B, self.compute)
-        return self.post_norm(x_BD) @ self.projection[...].astype(self.compute.dtype)
+        x_BD = transformer.run(self.blocks, self._embed(tokens_BL), self.compute, pooled_at(self.tower, tokens_BL))
+        return project(self.post_norm(x_BD), self.projection, self.projection_bias)
 
     def states(self, tokens_BL: Int[jax.Array, "B L"]) -> Float[jax.Array, "depth B L D"]:
         """Returns what comes out of every block, before the last layer norm."""

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from clip_jax.models.architecture import TextTower, ViTTower
 from clip_jax.models.layers import MLP, Attention, LayerNorm, Linear, normal, uniform, zeros
-from clip_jax.models.variants import TextTower, ViTTower
 from clip_jax.typing import Float, Int
 
 # What the backward pass finds in memory, by the config's word; the rest is computed again.
@@ -30,10 +30,10 @@ class Compute:
 class Block(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, width: int, *, attention: Attention, mlp: MLP):
-        self.attention_norm = LayerNorm(width)
+    def __init__(self, width: int, *, eps: float, attention: Attention, mlp: MLP):
+        self.attention_norm = LayerNorm(width, eps=eps)
         self.attention = attention
-        self.mlp_norm = LayerNorm(width)
+        self.mlp_norm = LayerNorm(width, eps=eps)
         self.mlp = mlp
 
     def __call__(
@@ -52,6 +52,7 @@ def image_block(key: jax.Array, tower: ViTTower) -> Block:
     xavier = (6 / (width + 3 * width)) ** 0.5  # PyTorch draws queries, keys and values as one matrix
     return Block(
         width,
+        eps=tower.eps,
         attention=Attention(
             qkv=Linear(uniform(qkv, (width, 3, *heads), xavier), zeros((3, *heads))),
             out=Linear(uniform(out, (*heads, width), width**-0.5), zeros((width,))),
@@ -66,16 +67,17 @@ def image_block(key: jax.Array, tower: ViTTower) -> Block:
 
 
 def text_block(key: jax.Array, tower: TextTower) -> Block:
-    """Returns a causal block initialised as OpenAI's: what goes into the residual shrinks with the depth."""
+    """Returns a block initialised as OpenAI's: what goes into the residual shrinks with the depth."""
     width, mlp_dim, heads = tower.width, tower.mlp_dim, (tower.num_heads, tower.width // tower.num_heads)
     qkv, up, up_bias, out, down, down_bias = jax.random.split(key, 6)
     residual = width**-0.5 * (2 * tower.depth) ** -0.5
     return Block(
         width,
+        eps=tower.eps,
         attention=Attention(
             qkv=Linear(normal(qkv, (width, 3, *heads), width**-0.5), zeros((3, *heads))),
             out=Linear(normal(out, (*heads, width), residual), zeros((width,))),
-            causal=True,
+            causal=tower.causal,
         ),
         mlp=MLP(
             up=Linear(normal(up, (width, mlp_dim), (2 * width) ** -0.5), uniform(up_bias, (mlp_dim,), width**-0.5)),
@@ -101,9 +103,9 @@ def states(blocks: Block, x_BLD: Float[jax.Array, "B L D"]) -> Float[jax.Array, 
 
 
 def run(
-    blocks: Block, x_BLD: Float[jax.Array, "B L D"], at_B: Int[jax.Array, " B"], compute: Compute
-) -> Float[jax.Array, "B D"]:
-    """Returns what the stacked blocks, one after the other, make of `x_BLD`, at one position of each row.
+    blocks: Block, x_BLD: Float[jax.Array, "B L D"], compute: Compute, at_B: Int[jax.Array, " B"] | None = None
+) -> Float[jax.Array, "B L D"] | Float[jax.Array, "B D"]:
+    """Returns what the stacked blocks, one after the other, make of `x_BLD`: at all positions, or at one of each row.
 
     Unrolled, each block is compiled by itself, and the last computes nothing but that position.
     """
@@ -111,7 +113,7 @@ def run(
         *most, last = [jax.tree.map(lambda x, i=i: x[i], blocks) for i in range(blocks.mlp.up.bias.shape[0])]
         for block in most:
             x_BLD = block(x_BLD)
-        return last(x_BLD, at_B)[:, 0]
+        return last(x_BLD) if at_B is None else last(x_BLD, at_B)[:, 0]
 
     def apply(x_BLD, block):
         return block(x_BLD), None
@@ -120,7 +122,8 @@ def run(
         apply = jax.checkpoint(
             apply, policy=REMAT[compute.remat], prevent_cse=False
         )  # a scan keeps the two passes apart
-    return take(jax.lax.scan(apply, x_BLD, blocks)[0], at_B)[:, 0]
+    x_BLD = jax.lax.scan(apply, x_BLD, blocks)[0]
+    return x_BLD if at_B is None else take(x_BLD, at_B)[:, 0]
 
 
 def take(x_BLD: Float[jax.Array, "B L D"], at_B: Int[jax.Array, " B"]) -> Float[jax.Array, "B 1 D"]:

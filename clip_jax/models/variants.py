@@ -1,164 +1,45 @@
-"""The architectures by name: what a parameter means, apart from how and where it is computed.
-
-An `Architecture` travels with every checkpoint and export, so that weights never meet the wrong patch size or
-pixel normalisation. It is plain data: this file imports no jax.
-"""
+"""The architectures by name. OpenAI's names have a slash, OpenCLIP's a dash: "ViT-B/32" computes QuickGELU, and
+"ViT-B-32" GELU, as their weights were trained."""
 
 import dataclasses
-import math
-from typing import ClassVar
 
 from clip_jax.config import ModelConfig
 from clip_jax.errors import UserError, nearest
+from clip_jax.models.architecture import Architecture, Preprocess, ResNetTower, TextTower, Tokenize, ViTTower
 
-ACTIVATIONS = ("quick_gelu", "gelu")  # between the two products of an MLP; clip_jax/models/layers.py has them
-
-# Far beyond any model; a larger number in a file is a mistake, and building it would take for ever.
-LARGEST_SIZE = 2**20
-LARGEST_DEPTH = 256  # blocks a tower, or bottlenecks a stage
-
-
-@dataclasses.dataclass(frozen=True)
-class ViTTower:
-    """A Vision Transformer (arXiv 2010.11929) with CLIP's extra layer norm before the first block."""
-
-    image_size: int
-    patch_size: int
-    width: int
-    depth: int
-    num_heads: int
-    mlp_dim: int
-    activation: str = "quick_gelu"
-    kind: str = "vit"
-
-    def __post_init__(self):
-        _check_depth("image", self.depth)
-        _check_sizes("the image tower's ", patch_size=self.patch_size, width=self.width, mlp_dim=self.mlp_dim)
-        _check_multiple(self.image_size, self.patch_size, f"patch_size={self.patch_size}")
-        _check_sizes("the image tower's ", image_size=self.image_size, num_patches=self.num_patches)
-        _check_heads("image", self.width, self.num_heads)
-        _check_activation("image", self.activation)
-
-    @property
-    def num_patches(self) -> int:
-        return (self.image_size // self.patch_size) ** 2
+# Pixel statistics and resizing of the families that do not use OpenAI's.
+SIGLIP_PREPROCESS = Preprocess((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), resize="squash")
+CLIPA_PREPROCESS = Preprocess(
+    (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), resize="squash", interpolation="bilinear"
+)  # ImageNet's
 
 
-@dataclasses.dataclass(frozen=True)
-class ResNetTower:
-    """A ResNet (arXiv 1512.03385) as CLIP modifies it, pooled by attention."""
+def resized(named: Architecture, image_size: int | None = None, context_length: int | None = None) -> Architecture:
+    """Returns the architecture for images and captions of another size; None: as it is.
 
-    STRIDE: ClassVar[int] = 32  # pixels between two positions of the last stage
-
-    image_size: int
-    width: int  # of the stem; the last stage is 32 times as wide
-    depths: tuple[int, int, int, int]  # bottlenecks a stage
-    num_heads: int  # of the attention pool
-    kind: str = "resnet"
-
-    def __post_init__(self):
-        _check_multiple(self.image_size, self.STRIDE, f"{self.STRIDE}, the stride of a ResNet")
-        _check_sizes("the image tower's ", image_size=self.image_size, width=self.width, num_patches=self.num_patches)
-        if self.width % 2:
-            raise UserError(f"the image tower's width={self.width} is odd; the stem of a ResNet begins with half of it")
-        if not all(1 <= depth <= LARGEST_DEPTH for depth in self.depths):
-            raise UserError(f"depths={self.depths}: every stage of a ResNet has 1 to {LARGEST_DEPTH} bottlenecks")
-        _check_heads("image", 32 * self.width, self.num_heads)
-
-    @property
-    def num_patches(self) -> int:
-        return (self.image_size // self.STRIDE) ** 2
+    Raises:
+        UserError: an image size that the patch does not divide.
+    """
+    image, text = named.image, named.text
+    if image_size is not None and image_size != image.image_size:
+        image = dataclasses.replace(image, image_size=image_size)
+        image.check_divided()
+    if context_length is not None:
+        text = dataclasses.replace(text, context_length=context_length)
+    return dataclasses.replace(named, image=image, text=text)
 
 
-ImageTower = ViTTower | ResNetTower  # in a file, the word `kind` tells which
-
-
-@dataclasses.dataclass(frozen=True)
-class TextTower:
-    """A causal Transformer (GPT-2's, as in the CLIP paper), pooled at the EOT."""
-
-    context_length: int
-    vocab_size: int
-    width: int
-    depth: int
-    num_heads: int
-    mlp_dim: int
-    activation: str = "quick_gelu"
-
-    def __post_init__(self):
-        if self.context_length < 3:
-            raise UserError(f"context_length={self.context_length} has no room for a word, SOT and EOT; at least 3")
-        _check_depth("text", self.depth)
-        sizes = {"context_length": self.context_length, "vocab_size": self.vocab_size}
-        _check_sizes("the text tower's ", **sizes, width=self.width, mlp_dim=self.mlp_dim)
-        _check_heads("text", self.width, self.num_heads)
-        _check_activation("text", self.activation)
-
-
-def _check_sizes(whose: str, **sizes: int) -> None:
-    for name, size in sizes.items():
-        if not 1 <= size <= LARGEST_SIZE:
-            raise UserError(f"{whose}{name}={size} should be 1 to {LARGEST_SIZE}")
-
-
-def _check_depth(tower: str, depth: int) -> None:
-    if not 1 <= depth <= LARGEST_DEPTH:
-        raise UserError(f"the {tower} tower's depth={depth} should be 1 to {LARGEST_DEPTH}")
-
-
-def _check_multiple(image_size: int, step: int, what: str) -> None:
-    if image_size % step or image_size <= 0:
-        below = max(image_size // step, 1) * step
-        raise UserError(
-            f"image_size={image_size} is not a multiple of {what}; the nearest that fit are {below} and {below + step}"
-        )
-
-
-def _check_activation(tower: str, activation: str) -> None:
-    if activation not in ACTIVATIONS:
-        raise UserError(f"the {tower} tower's activation={activation!r} is not one of {', '.join(ACTIVATIONS)}")
-
-
-def _check_heads(tower: str, width: int, num_heads: int) -> None:
-    if num_heads < 1 or width % num_heads:
-        raise UserError(f"the {tower} tower's width={width} is not a multiple of num_heads={num_heads}")
-
-
-@dataclasses.dataclass(frozen=True)
-class Preprocess:
-    """How an image becomes the tower's input; the defaults are OpenAI's."""
-
-    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)  # of pixels in [0, 1], RGB
-    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
-
-    def __post_init__(self):
-        if not all(math.isfinite(x) for x in self.mean):
-            raise UserError(f"preprocess.mean={self.mean} should be finite numbers")
-        if not all(math.isfinite(x) and x > 0 for x in self.std):
-            raise UserError(f"preprocess.std={self.std} should be finite and positive numbers")
-
-
-@dataclasses.dataclass(frozen=True)
-class Architecture:
-    """Two towers, the space where they meet, and how their inputs are made."""
-
-    embed_dim: int
-    image: ImageTower
-    text: TextTower
-    preprocess: Preprocess = Preprocess()
-
-    def __post_init__(self):
-        _check_sizes("", embed_dim=self.embed_dim)
-
-
-def _vit(embed_dim: int, image: tuple, text: tuple, context_length: int = 77) -> Architecture:
-    """Returns an architecture from (size, patch, width, depth, heads) and (width, depth, heads)."""
+def _vit(embed_dim: int, image: tuple, text: tuple, *, context_length: int = 77, **image_changes) -> Architecture:
+    """Returns an architecture from (size, patch, width, depth, heads) and (width, depth, heads); the activation, and
+    an MLP of another width than four times the tower's, by name."""
     size, patch, width, depth, heads = image
     text_width, text_depth, text_heads = text
+    activation = image_changes.setdefault("activation", "quick_gelu")
+    image_changes.setdefault("mlp_dim", 4 * width)
     return Architecture(
         embed_dim,
-        ViTTower(size, patch, width, depth, heads, 4 * width),
-        TextTower(context_length, 49408, text_width, text_depth, text_heads, 4 * text_width),
+        ViTTower(size, patch, width, depth, heads, **image_changes),
+        TextTower(context_length, 49408, text_width, text_depth, text_heads, 4 * text_width, activation),
     )
 
 
@@ -172,8 +53,69 @@ def _resnet(embed_dim: int, image: tuple, text_width: int) -> Architecture:
     )
 
 
-VARIANTS = {
-    # OpenAI's: arXiv 2103.00020, tables 19 and 20, in the order of its `available_models()`.
+def _with_activation(named: Architecture, activation: str) -> Architecture:
+    image = (
+        named.image if isinstance(named.image, ResNetTower) else dataclasses.replace(named.image, activation=activation)
+    )
+    return dataclasses.replace(named, image=image, text=dataclasses.replace(named.text, activation=activation))
+
+
+def _worldwide(named: Architecture, vocab_size: int, eos_id: int, tokenize: Tokenize) -> Architecture:
+    """Returns MetaCLIP 2's (arXiv 2507.22062): many languages, pooled at the tokenizer's own end of a sentence."""
+    text = dataclasses.replace(named.text, vocab_size=vocab_size, pool="eos", eos_id=eos_id)
+    return dataclasses.replace(named, text=text, tokenize=tokenize)
+
+
+def _clipa(named: Architecture) -> Architecture:
+    """Returns CLIPA's (arXiv 2305.07017): the mean of the patches, a short text seen both ways, BERT's words."""
+    image = dataclasses.replace(named.image, pool="mean", pre_norm=False, norm_after_pool=True)
+    text = dataclasses.replace(named.text, context_length=32, vocab_size=32000, causal=False, pool="last")
+    tokenize = Tokenize("file", clean="whitespace", blank_id=102)
+    return dataclasses.replace(named, image=image, text=text, preprocess=CLIPA_PREPROCESS, tokenize=tokenize)
+
+
+# SigLIP's towers: (width, depth, heads, MLP width).
+SIGLIP_TOWERS = {
+    "B": (768, 12, 12, 3072),
+    "L": (1024, 24, 16, 4096),
+    "SO400M": (1152, 27, 16, 4304),
+    "gopt": (1536, 40, 16, 6144),
+}
+# The vocabularies, with the id that fills a text up: C4's, mC4's, Gemma's.
+SIGLIP_VOCABULARIES = {"en": (32_000, 1), "i18n": (250_000, 1), "v2": (256_000, 0)}
+
+
+def _siglip(
+    size: str, patch: int, image_size: int, vocabulary: str = "en", activation: str = "gelu", **text_changes
+) -> Architecture:
+    """Returns SigLIP (arXiv 2303.15343) or SigLIP 2 (arXiv 2502.14786) as OpenCLIP computes it; `activation` is the
+    image tower's. Hugging Face computes GELU's tanh approximation throughout, as the weights were trained."""
+    width, depth, heads, mlp_dim = SIGLIP_TOWERS[size]
+    text_width, text_depth, text_heads, text_mlp_dim = SIGLIP_TOWERS["SO400M" if size == "gopt" else size]
+    vocab_size, pad_id = SIGLIP_VOCABULARIES[vocabulary]
+    flags = {"eps": 1e-6, "pool": "map", "class_token": False, "pre_norm": False, "patch_bias": True}
+    text_flags = {"eps": 1e-6, "causal": False, "pool": "last", "projection_bias": True}
+    text_activation = "gelu_tanh" if vocabulary == "v2" else "gelu"
+    changes = {"context_length": 64, "activation": text_activation} | text_flags | text_changes
+    return Architecture(
+        width,
+        ViTTower(image_size, patch, width, depth, heads, mlp_dim, activation=activation, projection=False, **flags),
+        TextTower(
+            vocab_size=vocab_size,
+            width=text_width,
+            depth=text_depth,
+            num_heads=text_heads,
+            mlp_dim=text_mlp_dim,
+            **changes,
+        ),
+        SIGLIP_PREPROCESS,
+        Tokenize("file", clean="canonicalize", pad_id=pad_id),
+        logit_bias=True,
+    )
+
+
+# OpenAI's: arXiv 2103.00020, tables 19 and 20, in the order of its `available_models()`.
+OPENAI = {
     "RN50": _resnet(1024, (224, 64, (3, 4, 6, 3)), 512),
     "RN101": _resnet(512, (224, 64, (3, 4, 23, 3)), 512),
     "RN50x4": _resnet(640, (288, 80, (4, 6, 10, 6)), 640),
@@ -183,10 +125,98 @@ VARIANTS = {
     "ViT-B/16": _vit(512, (224, 16, 768, 12, 12), (512, 12, 8)),
     "ViT-L/14": _vit(768, (224, 14, 1024, 24, 16), (768, 12, 12)),
     "ViT-L/14@336px": _vit(768, (336, 14, 1024, 24, 16), (768, 12, 12)),
-    # Ours, for two CPU cores: W64 is the width of both towers.
+}
+# Ours, for two CPU cores: W64 is the width of both towers.
+SMALL = {
     "ViT-W64/4@16px": _vit(64, (16, 4, 64, 3, 4), (64, 2, 4), context_length=16),
     "ViT-W96/8@40px": _vit(96, (40, 8, 96, 3, 4), (64, 2, 4), context_length=20),
 }
+RESNETS = ("RN50", "RN101", "RN50x4", "RN50x16", "RN50x64")
+# OpenCLIP's, with GELU. Heads are 64 wide but in H, g, bigG and e.
+_B, _L, _H = (512, 12, 8), (768, 12, 12), (1024, 24, 16)
+_BIGG = (1280, 32, 20)
+_GELU = {
+    "ViT-S-32": _vit(384, (224, 32, 384, 12, 6), (384, 12, 6)),
+    "ViT-S-32-alt": _vit(256, (224, 32, 384, 12, 6), (256, 10, 4)),
+    "ViT-S-16": _vit(384, (224, 16, 384, 12, 6), (384, 12, 6)),
+    "ViT-S-16-alt": _vit(256, (224, 16, 384, 12, 6), (256, 10, 4)),
+    "ViT-M-32": _vit(512, (224, 32, 512, 12, 8), _B),
+    "ViT-M-32-alt": _vit(384, (224, 32, 512, 12, 8), (384, 12, 6)),
+    "ViT-M-16": _vit(512, (224, 16, 512, 12, 8), _B),
+    "ViT-B-32": _vit(512, (224, 32, 768, 12, 12), _B),
+    "ViT-B-32-256": _vit(512, (256, 32, 768, 12, 12), _B),
+    "ViT-B-32-plus-256": _vit(640, (256, 32, 896, 12, 14), (640, 12, 10)),
+    "ViT-B-16": _vit(512, (224, 16, 768, 12, 12), _B),
+    "ViT-B-16-plus": _vit(640, (224, 16, 896, 12, 14), (640, 12, 10)),
+    "ViT-B-16-plus-240": _vit(640, (240, 16, 896, 12, 14), (640, 12, 10)),
+    "ViT-L-16": _vit(768, (224, 16, 1024, 24, 16), _L),
+    "ViT-L-16-320": _vit(768, (320, 16, 1024, 24, 16), _L),
+    "ViT-L-14": _vit(768, (224, 14, 1024, 24, 16), _L),
+    "ViT-L-14-280": _vit(768, (280, 14, 1024, 24, 16), _L),
+    "ViT-L-14-336": _vit(768, (336, 14, 1024, 24, 16), _L),
+    "ViT-H-16": _vit(1024, (224, 16, 1280, 32, 16), _H),
+    "ViT-H-14": _vit(1024, (224, 14, 1280, 32, 16), _H),
+    "ViT-H-14-378": _vit(1024, (378, 14, 1280, 32, 16), _H),
+    "ViT-g-14": _vit(1024, (224, 14, 1408, 40, 16), _H, mlp_dim=6144),
+    "ViT-bigG-14": _vit(1280, (224, 14, 1664, 48, 16), _BIGG, mlp_dim=8192),
+    "ViT-e-14": _vit(1280, (224, 14, 1792, 56, 16), (1280, 36, 20), mlp_dim=15360),
+}
+_GELU = {name: _with_activation(named, "gelu") for name, named in _GELU.items()}
+_XLM_V = (901_629, 2, Tokenize("file", clean="whitespace", pad_id=1))
+_MT5 = (250_100, 1, Tokenize("file", clean="canonicalize", pad_id=0))
+OPEN_CLIP = _GELU | {
+    # a ResNet itself computes ReLU; "RN50" alone is OpenAI's, in OpenCLIP it is what is "RN50-gelu" here
+    **{f"{name}-quickgelu": OPENAI[name] for name in RESNETS},
+    **{f"{name}-gelu": _with_activation(OPENAI[name], "gelu") for name in RESNETS},
+    **{
+        f"{name}-quickgelu": _with_activation(_GELU[name], "quick_gelu")
+        for name in ("ViT-B-32", "ViT-B-16", "ViT-L-14", "ViT-L-14-336", "ViT-H-14", "ViT-H-14-378", "ViT-bigG-14")
+    },
+    "ViT-L-14-worldwide": _worldwide(_GELU["ViT-L-14"], *_MT5),
+    "ViT-L-14-worldwide-quickgelu": _worldwide(_with_activation(_GELU["ViT-L-14"], "quick_gelu"), *_MT5),
+    "ViT-H-14-worldwide": _worldwide(_GELU["ViT-H-14"], *_XLM_V),
+    "ViT-H-14-worldwide-378": _worldwide(_GELU["ViT-H-14-378"], *_XLM_V),
+    "ViT-H-14-worldwide-quickgelu": _worldwide(_with_activation(_GELU["ViT-H-14"], "quick_gelu"), *_XLM_V),
+    "ViT-bigG-14-worldwide": _worldwide(_GELU["ViT-bigG-14"], *_XLM_V),
+    "ViT-bigG-14-worldwide-378": _worldwide(resized(_GELU["ViT-bigG-14"], 378), *_XLM_V),
+    "ViT-L-14-CLIPA": _clipa(_GELU["ViT-L-14"]),
+    "ViT-L-14-CLIPA-336": _clipa(_GELU["ViT-L-14-336"]),
+    "ViT-H-14-CLIPA": _clipa(_GELU["ViT-H-14"]),
+    "ViT-H-14-CLIPA-336": _clipa(resized(_GELU["ViT-H-14"], 336)),
+    "ViT-bigG-14-CLIPA": _clipa(_GELU["ViT-bigG-14"]),
+    "ViT-bigG-14-CLIPA-336": _clipa(resized(_GELU["ViT-bigG-14"], 336)),
+}
+SIGLIP = {
+    "ViT-B-16-SigLIP": _siglip("B", 16, 224),
+    "ViT-B-16-SigLIP-256": _siglip("B", 16, 256),
+    "ViT-B-16-SigLIP-384": _siglip("B", 16, 384),
+    "ViT-B-16-SigLIP-512": _siglip("B", 16, 512),
+    "ViT-B-16-SigLIP-i18n-256": _siglip("B", 16, 256, "i18n"),
+    "ViT-L-16-SigLIP-256": _siglip("L", 16, 256),
+    "ViT-L-16-SigLIP-384": _siglip("L", 16, 384),
+    "ViT-SO400M-14-SigLIP": _siglip("SO400M", 14, 224, context_length=16),
+    "ViT-SO400M-14-SigLIP-378": _siglip("SO400M", 14, 378),
+    "ViT-SO400M-14-SigLIP-384": _siglip("SO400M", 14, 384),  # of which it sees 378
+    "ViT-SO400M-16-SigLIP-i18n-256": _siglip(
+        "SO400M", 16, 256, "i18n", "gelu_tanh", projection=False, projection_bias=False
+    ),
+    "ViT-B-32-SigLIP2-256": _siglip("B", 32, 256, "v2", "gelu_tanh"),
+    "ViT-B-16-SigLIP2": _siglip("B", 16, 224, "v2"),
+    "ViT-B-16-SigLIP2-256": _siglip("B", 16, 256, "v2"),
+    "ViT-B-16-SigLIP2-384": _siglip("B", 16, 384, "v2"),
+    "ViT-B-16-SigLIP2-512": _siglip("B", 16, 512, "v2"),
+    "ViT-L-16-SigLIP2-256": _siglip("L", 16, 256, "v2"),
+    "ViT-L-16-SigLIP2-384": _siglip("L", 16, 384, "v2"),
+    "ViT-L-16-SigLIP2-512": _siglip("L", 16, 512, "v2", "gelu_tanh"),
+    "ViT-SO400M-14-SigLIP2": _siglip("SO400M", 14, 224, "v2"),
+    "ViT-SO400M-14-SigLIP2-378": _siglip("SO400M", 14, 378, "v2"),
+    "ViT-SO400M-16-SigLIP2-256": _siglip("SO400M", 16, 256, "v2", "gelu_tanh"),
+    "ViT-SO400M-16-SigLIP2-384": _siglip("SO400M", 16, 384, "v2", "gelu_tanh"),
+    "ViT-SO400M-16-SigLIP2-512": _siglip("SO400M", 16, 512, "v2", "gelu_tanh"),
+    "ViT-gopt-16-SigLIP2-256": _siglip("gopt", 16, 256, "v2", "gelu_tanh"),
+    "ViT-gopt-16-SigLIP2-384": _siglip("gopt", 16, 384, "v2", "gelu_tanh"),
+}
+VARIANTS = OPENAI | SMALL | OPEN_CLIP | SIGLIP
 
 
 def architecture(model: ModelConfig) -> Architecture:
@@ -197,10 +227,4 @@ def architecture(model: ModelConfig) -> Architecture:
     """
     if model.variant not in VARIANTS:
         raise UserError(f"unknown model variant {model.variant!r}{nearest(model.variant, VARIANTS)}")
-    named = VARIANTS[model.variant]
-    image, text = named.image, named.text
-    if model.image_size is not None:
-        image = dataclasses.replace(image, image_size=model.image_size)
-    if model.context_length is not None:
-        text = dataclasses.replace(text, context_length=model.context_length)
-    return dataclasses.replace(named, image=image, text=text)
+    return resized(VARIANTS[model.variant], model.image_size, model.context_length)

@@ -9,8 +9,9 @@ from clip_jax import optim, sharding
 from clip_jax.config import Config
 from clip_jax.data.pipeline import Order, TrainingPairs, training_batches
 from clip_jax.data.sources import Source, open_source
+from clip_jax.models.architecture import Architecture
 from clip_jax.models.clip import Definition
-from clip_jax.models.variants import Architecture, architecture
+from clip_jax.models.variants import architecture
 from clip_jax.training.checkpoint import Checkpoints, check_position
 from clip_jax.training.metrics import MetricsLog, Progress, StepClock
 from clip_jax.training.state import abstract_state, initial_state

@@ -12,6 +12,7 @@ import json
 import mmap
 import os
 import reprlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ import safetensors.numpy
 from clip_jax.config import build
 from clip_jax.errors import UserError
 from clip_jax.files import is_temporary, whole
+from clip_jax.models.architecture import Architecture
 from clip_jax.models.clip import Definition
-from clip_jax.models.variants import VARIANTS, Architecture
+from clip_jax.models.variants import VARIANTS
 from clip_jax.weights.mapping import DType, Rule, flatten, import_tensors, listed
 
 FORMAT = "clip_jax"
@@ -50,9 +52,10 @@ class Bundle:
     """An architecture and its weights: NumPy arrays by our paths, in the dtypes of their source."""
 
     architecture: Architecture
-    arrays: dict[str, np.ndarray]
+    arrays: Mapping[str, np.ndarray]
     variant: str  # the architecture's name
     origin: str  # where the weights come from
+    tokenizer: str | None = None  # what its tokenizer.json says, where `architecture.tokenize.kind` is "file"
     results: Path | None = None  # where their evaluations go unless told otherwise; None: they are no run's
 
 

@@ -20,8 +20,8 @@ from PIL import Image, ImageOps
 
 from clip_jax.data import transforms
 from clip_jax.errors import UserError
+from clip_jax.models.architecture import Preprocess
 from clip_jax.models.clip import normalise_pixels
-from clip_jax.models.variants import Preprocess
 
 # Width and height, and the sizes they are brought to: equal, larger and smaller, the difference odd and even.
 SHAPES = {

@@ -10,9 +10,9 @@ import pytest
 from oracles import openai_clip
 
 from clip_jax import losses
+from clip_jax.models.architecture import Architecture, Preprocess, TextTower, ViTTower
 from clip_jax.models.clip import LOGIT_SCALE_MAX, Definition, Weights, constrain, l2_normalise, normalise_pixels
 from clip_jax.models.transformer import REMAT
-from clip_jax.models.variants import Architecture, Preprocess, TextTower, ViTTower
 from clip_jax.sharding import path_of
 
 # No two sizes alike where that can be, so that no two dimensions can be taken for each other.

@@ -16,10 +16,10 @@ from oracles import openai_clip, require
 
 from clip_jax import losses, optim, sharding
 from clip_jax.config import MeshConfig, OptimConfig
+from clip_jax.models.architecture import Architecture, ResNetTower, TextTower, ViTTower
 from clip_jax.models.clip import Definition, Weights, l2_normalise, normalise_pixels
 from clip_jax.models.resnet import BatchNorm, Stage
 from clip_jax.models.transformer import REMAT
-from clip_jax.models.variants import Architecture, ResNetTower, TextTower, ViTTower
 from clip_jax.training.state import TrainState, abstract_state
 from clip_jax.training.step import make_train_step
 from clip_jax.typing import Batch

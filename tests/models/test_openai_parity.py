@@ -17,8 +17,9 @@ import pytest
 from oracles import openai_clip, require
 
 import clip_jax
+from clip_jax.models.architecture import Architecture
 from clip_jax.models.clip import Definition, Weights
-from clip_jax.models.variants import VARIANTS, Architecture
+from clip_jax.models.variants import VARIANTS
 from clip_jax.weights import openai
 from clip_jax.weights.download import RELEASES
 from clip_jax.weights.mapping import unflatten

@@ -10,17 +10,9 @@ import pytest
 from clip_jax.config import ModelConfig
 from clip_jax.errors import UserError
 from clip_jax.models import layers, variants
+from clip_jax.models.architecture import LARGEST_DEPTH, LARGEST_SIZE, Architecture, ResNetTower, TextTower, ViTTower
 from clip_jax.models.clip import CLIP, Definition
-from clip_jax.models.variants import (
-    LARGEST_DEPTH,
-    LARGEST_SIZE,
-    VARIANTS,
-    Architecture,
-    ResNetTower,
-    TextTower,
-    ViTTower,
-    architecture,
-)
+from clip_jax.models.variants import VARIANTS, architecture
 
 
 @pytest.mark.parametrize(

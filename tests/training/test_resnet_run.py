@@ -11,7 +11,7 @@ import clip_jax
 from clip_jax.config import Config, DataConfig, ModelConfig, OptimConfig
 from clip_jax.errors import UserError
 from clip_jax.models import variants
-from clip_jax.models.variants import Architecture, ResNetTower, TextTower
+from clip_jax.models.architecture import Architecture, ResNetTower, TextTower
 from clip_jax.training.loop import train
 from clip_jax.weights.mapping import flatten
 

@@ -13,8 +13,9 @@ import pytest
 from oracles import openai_clip, require
 
 from clip_jax.errors import UserError
+from clip_jax.models.architecture import Architecture, Preprocess, ResNetTower, TextTower, ViTTower
 from clip_jax.models.clip import Definition
-from clip_jax.models.variants import VARIANTS, Architecture, Preprocess, ResNetTower, TextTower, ViTTower
+from clip_jax.models.variants import VARIANTS
 from clip_jax.weights import archive, openai
 from clip_jax.weights.bundle import Bundle
 from clip_jax.weights.mapping import export_tensors, flatten, import_tensors, source_shapes
