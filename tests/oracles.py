@@ -31,6 +31,25 @@ def openai_tokenizer() -> Any:
     return module.SimpleTokenizer()
 
 
+def open_clip() -> ModuleType:
+    """Returns OpenCLIP."""
+    declare_torchvision_operators()
+    require("timm")
+    return require("open_clip", package="open_clip_torch")
+
+
+def transformers() -> ModuleType:
+    """Returns Hugging Face's models."""
+    declare_torchvision_operators()
+    return require("transformers")
+
+
+def timm() -> ModuleType:
+    """Returns timm, whose towers OpenCLIP's SigLIP has."""
+    declare_torchvision_operators()
+    return require("timm")
+
+
 @lru_cache(maxsize=1)  # holds what it returns: a library takes its operators with it when it is collected
 def declare_torchvision_operators() -> Any:
     """Returns the library of the operators that torchvision's Python wants declared, None where its C++ part loads.
