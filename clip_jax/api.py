@@ -12,11 +12,11 @@ import numpy as np
 from PIL import Image
 
 from clip_jax import compiled, tokenizer
+from clip_jax.architecture import Architecture
 from clip_jax.compiled import Placed
 from clip_jax.config import COMPUTE_DTYPES, ModelConfig, leaves
 from clip_jax.data.transforms import evaluation_crop
 from clip_jax.errors import UserError
-from clip_jax.models.architecture import Architecture
 from clip_jax.models.clip import Definition, Weights, normalise_pixels
 from clip_jax.models.layers import Array
 from clip_jax.models.text import pooled_at

@@ -12,10 +12,10 @@ import json
 import os
 from pathlib import Path
 
+from clip_jax.architecture import Architecture
 from clip_jax.config import Config, build, differences
 from clip_jax.errors import UserError
 from clip_jax.files import write_text
-from clip_jax.models.architecture import Architecture
 
 
 @dataclasses.dataclass(frozen=True)

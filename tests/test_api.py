@@ -21,8 +21,8 @@ from PIL import Image
 import clip_jax
 from clip_jax import compiled
 from clip_jax.api import Model
+from clip_jax.architecture import Architecture, TextTower, ViTTower
 from clip_jax.errors import UserError
-from clip_jax.models.architecture import Architecture, TextTower, ViTTower
 from clip_jax.models.clip import Definition
 from clip_jax.models.variants import VARIANTS
 from clip_jax.weights import openai

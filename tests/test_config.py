@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from clip_jax import config as c
+from clip_jax.architecture import Architecture
 from clip_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimConfig
 from clip_jax.errors import UserError
-from clip_jax.models.architecture import Architecture
 from clip_jax.models.variants import VARIANTS, architecture
 from clip_jax.workdir import Workdir
 

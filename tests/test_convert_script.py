@@ -12,7 +12,7 @@ import pytest
 from oracles import openai_clip, require
 
 import clip_jax
-from clip_jax.models.architecture import Architecture, ResNetTower, TextTower, ViTTower
+from clip_jax.architecture import Architecture, ResNetTower, TextTower, ViTTower
 from clip_jax.models.clip import Definition
 from clip_jax.weights import openai, parity
 from clip_jax.weights.bundle import Bundle

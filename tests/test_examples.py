@@ -20,7 +20,7 @@ from PIL import Image
 
 import clip_jax
 from clip_jax import command
-from clip_jax.models.architecture import Architecture, TextTower, ViTTower
+from clip_jax.architecture import Architecture, TextTower, ViTTower
 from clip_jax.models.clip import Definition
 from clip_jax.tokenizer import EOT
 from clip_jax.weights import openai

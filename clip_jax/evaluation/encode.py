@@ -8,10 +8,10 @@ import numpy as np
 import rich.console
 import rich.progress
 
+from clip_jax.architecture import Architecture
 from clip_jax.data.pipeline import evaluation_batches
 from clip_jax.data.sources import Source
 from clip_jax.errors import UserError
-from clip_jax.models.architecture import Architecture
 from clip_jax.models.clip import l2_normalise, normalise_pixels
 from clip_jax.typing import Float, Int
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from clip_jax.models.architecture import Architecture, Preprocess
+from clip_jax.architecture import Architecture, Preprocess
 from clip_jax.models.layers import Array
 from clip_jax.models.resnet import ResNet
 from clip_jax.models.text import TextTransformer

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from clip_jax.models.architecture import ResNetTower
+from clip_jax.architecture import ResNetTower
 from clip_jax.models.layers import Linear, normal, uniform, zeros
 from clip_jax.models.transformer import REMAT, Compute
 from clip_jax.typing import Float

@@ -3,8 +3,8 @@
 import jax
 from flax import nnx
 
+from clip_jax.architecture import TextTower
 from clip_jax.models import transformer
-from clip_jax.models.architecture import TextTower
 from clip_jax.models.layers import Array, LayerNorm, normal, project, zeros
 from clip_jax.models.transformer import Compute
 from clip_jax.typing import Float, Int

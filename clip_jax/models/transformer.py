@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from clip_jax.models.architecture import TextTower, ViTTower
+from clip_jax.architecture import TextTower, ViTTower
 from clip_jax.models.layers import MLP, Attention, LayerNorm, Linear, normal, uniform, zeros
 from clip_jax.typing import Float, Int
 

@@ -3,9 +3,9 @@
 
 import dataclasses
 
+from clip_jax.architecture import Architecture, Preprocess, ResNetTower, TextTower, Tokenize, ViTTower
 from clip_jax.config import ModelConfig
 from clip_jax.errors import UserError, nearest
-from clip_jax.models.architecture import Architecture, Preprocess, ResNetTower, TextTower, Tokenize, ViTTower
 
 # Pixel statistics and resizing of the families that do not use OpenAI's.
 SIGLIP_PREPROCESS = Preprocess((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), resize="squash")

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from clip_jax.architecture import ViTTower
 from clip_jax.models import transformer
-from clip_jax.models.architecture import ViTTower
 from clip_jax.models.layers import MLP, LayerNorm, Linear, normal, project, uniform, zeros
 from clip_jax.models.transformer import Compute
 from clip_jax.typing import Float

@@ -6,10 +6,10 @@ from typing import Any
 import jax
 
 from clip_jax import optim, sharding
+from clip_jax.architecture import Architecture
 from clip_jax.config import Config
 from clip_jax.data.pipeline import Order, TrainingPairs, training_batches
 from clip_jax.data.sources import Source, open_source
-from clip_jax.models.architecture import Architecture
 from clip_jax.models.clip import Definition
 from clip_jax.models.variants import architecture
 from clip_jax.training.checkpoint import Checkpoints, check_position

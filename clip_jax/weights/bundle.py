@@ -21,10 +21,10 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from clip_jax.architecture import Architecture
 from clip_jax.config import build
 from clip_jax.errors import UserError
 from clip_jax.files import is_temporary, whole
-from clip_jax.models.architecture import Architecture
 from clip_jax.models.clip import Definition
 from clip_jax.models.variants import VARIANTS
 from clip_jax.weights.mapping import DType, Rule, flatten, import_tensors, listed

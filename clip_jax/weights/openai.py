@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
+from clip_jax.architecture import Architecture, ResNetTower, TextTower, ViTTower
 from clip_jax.config import leaves
 from clip_jax.errors import UserError
-from clip_jax.models.architecture import Architecture, ResNetTower, TextTower, ViTTower
 from clip_jax.models.clip import Definition
 from clip_jax.weights import archive
 from clip_jax.weights.bundle import Bundle, variant_of

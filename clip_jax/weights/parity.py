@@ -16,8 +16,8 @@ import numpy as np
 import rich.table
 
 from clip_jax import compiled
+from clip_jax.architecture import Architecture
 from clip_jax.errors import UserError
-from clip_jax.models.architecture import Architecture
 from clip_jax.models.clip import Definition, Weights
 from clip_jax.weights import openai
 from clip_jax.weights.bundle import Bundle

@@ -18,9 +18,9 @@ import pytest
 from oracles import openai_clip
 from PIL import Image, ImageOps
 
+from clip_jax.architecture import Preprocess
 from clip_jax.data import transforms
 from clip_jax.errors import UserError
-from clip_jax.models.architecture import Preprocess
 from clip_jax.models.clip import normalise_pixels
 
 # Width and height, and the sizes they are brought to: equal, larger and smaller, the difference odd and even.

@@ -10,7 +10,7 @@ import pytest
 from oracles import openai_clip
 
 from clip_jax import losses
-from clip_jax.models.architecture import Architecture, Preprocess, TextTower, ViTTower
+from clip_jax.architecture import Architecture, Preprocess, TextTower, ViTTower
 from clip_jax.models.clip import LOGIT_SCALE_MAX, Definition, Weights, constrain, l2_normalise, normalise_pixels
 from clip_jax.models.transformer import REMAT
 from clip_jax.sharding import path_of

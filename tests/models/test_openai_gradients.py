@@ -15,8 +15,8 @@ from flax import nnx
 from oracles import openai_clip, require
 
 from clip_jax import losses, optim, sharding
+from clip_jax.architecture import Architecture, ResNetTower, TextTower, ViTTower
 from clip_jax.config import MeshConfig, OptimConfig
-from clip_jax.models.architecture import Architecture, ResNetTower, TextTower, ViTTower
 from clip_jax.models.clip import Definition, Weights, l2_normalise, normalise_pixels
 from clip_jax.models.resnet import BatchNorm, Stage
 from clip_jax.models.transformer import REMAT

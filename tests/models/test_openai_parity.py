@@ -17,7 +17,7 @@ import pytest
 from oracles import openai_clip, require
 
 import clip_jax
-from clip_jax.models.architecture import Architecture
+from clip_jax.architecture import Architecture
 from clip_jax.models.clip import Definition, Weights
 from clip_jax.models.variants import VARIANTS
 from clip_jax.weights import openai

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from clip_jax.architecture import LARGEST_DEPTH, LARGEST_SIZE, Architecture, ResNetTower, TextTower, ViTTower
 from clip_jax.config import ModelConfig
 from clip_jax.errors import UserError
 from clip_jax.models import layers, variants
-from clip_jax.models.architecture import LARGEST_DEPTH, LARGEST_SIZE, Architecture, ResNetTower, TextTower, ViTTower
 from clip_jax.models.clip import CLIP, Definition
 from clip_jax.models.variants import VARIANTS, architecture
 

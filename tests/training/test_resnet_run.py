@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 import clip_jax
+from clip_jax.architecture import Architecture, ResNetTower, TextTower
 from clip_jax.config import Config, DataConfig, ModelConfig, OptimConfig
 from clip_jax.errors import UserError
 from clip_jax.models import variants
-from clip_jax.models.architecture import Architecture, ResNetTower, TextTower
 from clip_jax.training.loop import train
 from clip_jax.weights.mapping import flatten
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from clip_jax.architecture import Architecture, ResNetTower, TextTower
 from clip_jax.config import Config, ModelConfig
 from clip_jax.errors import UserError
-from clip_jax.models.architecture import Architecture, ResNetTower, TextTower
 from clip_jax.models.clip import Definition
 from clip_jax.models.variants import VARIANTS
 from clip_jax.weights.bundle import Bundle, is_bundle, read_folder, read_safetensors, variant_of, write_folder

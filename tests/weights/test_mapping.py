@@ -6,8 +6,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from clip_jax.architecture import Architecture, ResNetTower, TextTower
 from clip_jax.errors import UserError
-from clip_jax.models.architecture import Architecture, ResNetTower, TextTower
 from clip_jax.models.clip import Definition, Weights
 from clip_jax.weights.mapping import Rule, export_tensors, flatten, import_tensors, source_shapes, unflatten
 

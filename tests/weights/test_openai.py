@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from oracles import openai_clip, require
 
+from clip_jax.architecture import Architecture, Preprocess, ResNetTower, TextTower, ViTTower
 from clip_jax.errors import UserError
-from clip_jax.models.architecture import Architecture, Preprocess, ResNetTower, TextTower, ViTTower
 from clip_jax.models.clip import Definition
 from clip_jax.models.variants import VARIANTS
 from clip_jax.weights import archive, openai
