@@ -63,6 +63,12 @@ def read(path: Path) -> dict[str, np.ndarray]:
         raise UserError(f"{path}: {error}") from error
 
 
+def is_torchscript(path: Path) -> bool:
+    """Returns whether an archive that can be read holds modules, not a dict."""
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+
+
 class _Damaged(Exception):
     """What is wrong with a file; `read` adds whose it is."""
 
