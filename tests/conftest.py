@@ -1,4 +1,4 @@
-"""What all tests share: eight simulated devices, what has been compiled, one folder of data sets, float64 on request."""
+"""What all tests share: eight simulated devices, what was compiled before, a folder of data sets, float64."""
 
 import os
 
