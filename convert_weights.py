@@ -14,10 +14,10 @@ from absl import flags
 
 from clip_jax import command
 
-SOURCE = flags.DEFINE_string("source", None, "a name, a file, a folder, hf://org/repo[@revision] or the workdir of a run")
+SOURCE = flags.DEFINE_string("source", None, "a name, a file, a folder, hf://org/repo[@revision] or a run's folder")
 FORMAT = flags.DEFINE_string("format", None, "openai (a .pt file), open_clip, huggingface or clip_jax (folders)")
 TARGET = flags.DEFINE_string("target", None, "the file or folder to write")
-VARIANT = flags.DEFINE_string("variant", None, "the architecture that the weights must have; needed for a lone state dict")
+VARIANT = flags.DEFINE_string("variant", None, "what the weights must be; needed for a lone state dict")
 ACTIVATION = flags.DEFINE_string("activation", None, "computed whatever the weights say: quick_gelu, gelu or gelu_tanh")
 IMAGE_SIZE = flags.DEFINE_integer("image_size", None, "for images of another size; position embeddings are resized")
 CONTEXT_LENGTH = flags.DEFINE_integer("context_length", None, "for captions of another length; likewise")

@@ -44,9 +44,12 @@ class Asked(NamedTuple):
     context_length: int | None = None
 
 
+AS_IT_IS = Asked()
+
+
 def read(
     source: str | os.PathLike,
-    asked: Asked = Asked(),
+    asked: Asked = AS_IT_IS,
     *,
     dtype: DType | None = None,
     download_root: str | os.PathLike | None = None,
@@ -75,7 +78,7 @@ def read(
 
 
 def convert(
-    source: str | os.PathLike, target_format: str, target: Path, asked: Asked = Asked(), *, check: bool = False
+    source: str | os.PathLike, target_format: str, target: Path, asked: Asked = AS_IT_IS, *, check: bool = False
 ) -> bool:
     """Writes the weights of `source` in another format; returns whether all that was checked is within its bar.
 

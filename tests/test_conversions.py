@@ -2,13 +2,12 @@
 
 import dataclasses
 import itertools
-import warnings
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from oracles import openai_clip, open_clip, require, transformers
+from oracles import open_clip, openai_clip, transformers
 
 import clip_jax
 from clip_jax import pretrained
@@ -97,7 +96,8 @@ def test_a_wrong_number_is_beyond_the_bar_of_every_peer(vit, tmp_path):
         changed["text/blocks/mlp/up/bias"] = changed["text/blocks/mlp/up/bias"] + np.float16(1e-2)
         expected = parity.reference(name, target, VIT)
         rows = parity.compare(dataclasses.replace(original, arrays=changed), expected)
-        assert {row.name for row in rows if not row.holds} == {"text block 0", "text block 1", "text features", "logits"}
+        wrong = {row.name for row in rows if not row.holds}
+        assert wrong == {"text block 0", "text block 1", "text features", "logits"}
 
 
 # --- what the user wants of the weights ---
@@ -141,19 +141,20 @@ def test_quickgelu_weights_are_not_computed_with_gelu_unless_one_insists(small_v
 def test_a_folders_activation_is_checked_against_the_variant(folder_format, small_variants, vit, tmp_path):
     convert(vit, folder_format, tmp_path / "model")
     assert read(tmp_path / "model", Asked(variant="small-quickgelu")).variant
-    with pytest.raises(UserError, match=r"image\.activation is 'quick_gelu', not 'gelu'.*text\.activation.*activation="):
+    words = r"image\.activation is 'quick_gelu', not 'gelu'.*text\.activation.*activation="
+    with pytest.raises(UserError, match=words):
         read(tmp_path / "model", Asked(variant="small"))
     with pytest.raises(UserError, match="activation='relu'"):
         read(tmp_path / "model", Asked(activation="relu"))
 
 
 def test_a_model_loads_for_other_sizes_and_says_which_do_not_fit(vit):
-    model, preprocess = clip_jax.load(vit, image_size=48, context_length=20)
+    model, _ = clip_jax.load(vit, image_size=48, context_length=20)
     assert (model.architecture.image.image_size, model.context_length) == (48, 20)
     pixels = np.zeros((1, 48, 48, 3), np.float32)
     assert np.isfinite(model.encode_image(pixels)).all()
     assert model.tokenize(["a dog"]).shape == (1, 20)
-    with pytest.raises(UserError, match="image_size=50 .*patch_size=16.* 48 and 64"):
+    with pytest.raises(UserError, match=r"image_size=50 .*patch_size=16.* 48 and 64"):
         clip_jax.load(vit, image_size=50)
     same = clip_jax.load(vit, image_size=32, context_length=77)[0].weights
     for ours, expected in zip(jax.tree.leaves(same), jax.tree.leaves(clip_jax.load(vit)[0].weights), strict=True):

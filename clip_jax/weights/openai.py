@@ -129,8 +129,8 @@ def read(path: Path, dtype: DType | None = None) -> Bundle:
     tensors = {name: x for name, x in archive.read(path).items() if not _is_ignored(name)}
     if not NUMBERS & tensors.keys() and not archive.is_torchscript(path):
         raise UserError(
-            f"{path}: a state dict does not say what it was trained with: OpenAI's models compute QuickGELU, OpenCLIP's "
-            "most often GELU, and the wrong one costs accuracy without an error; give its variant, such as 'ViT-B/32' "
+            f"{path}: a state dict does not say how it was trained: OpenAI's models compute QuickGELU, OpenCLIP's most "
+            "often GELU, and the wrong one costs accuracy without an error; give its variant, such as 'ViT-B/32' "
             "(OpenAI's) or 'ViT-B-32' (OpenCLIP's)"
         )
     try:

@@ -79,9 +79,9 @@ def reference(peer: str, path: Path, architecture: Architecture) -> Outputs:
         model = asked.load(path)
         image_blocks, text_blocks = asked.blocks(model)
         states = (1, 0, 2) if asked.first_is_position else (0, 1, 2)
-        maps = (0, 2, 3, 1)
+        image_states = (0, 2, 3, 1) if architecture.image.kind == "resnet" else states
         for i, block in enumerate(image_blocks):
-            block.register_forward_hook(keep(f"image block {i}", maps if architecture.image.kind == "resnet" else states))
+            block.register_forward_hook(keep(f"image block {i}", image_states))
         for i, block in enumerate(text_blocks):
             block.register_forward_hook(keep(f"text block {i}", states))
         image_BHWC, tokens_BL = _inputs(architecture)
