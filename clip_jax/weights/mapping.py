@@ -32,8 +32,9 @@ class Rule:
     """One tensor of theirs, or one a block, and the array of ours, or the part of one, that it fills.
 
     `{s}` stands for a number in a name, `{i+1}` for one more than it. In square brackets stands which part of our
-    array is meant: a letter runs over a dimension, a number is one place in it, `:` is all of it. The pattern is
-    einops', in the legend's letters; each of our dimensions has its own letter, so that our shape gives theirs.
+    array is meant: a letter runs over a dimension, a number is one place in it, `1:` is all from there on, `:` all of
+    it. The pattern is einops', in the legend's letters; each of our dimensions has its own letter, so that our shape
+    gives theirs.
 
         Rule("resblocks.{i}.attn.in_proj_weight", "image/blocks/attention/qkv/kernel[i]", "(T N K) D -> D T N K")
     """
@@ -76,7 +77,8 @@ class _Slot:
 
     def order(self, array: Any) -> Sequence[int]:
         """Returns our array's dimensions in the order that they have in their file: to fill it is then a plain copy."""
-        left, right = (re.findall(r"\w+", side) for side in self.pattern.split("->"))
+        # a 1 in a pattern is no dimension of ours
+        left, right = (re.findall(r"[A-Za-z]\w*", side) for side in self.pattern.split("->"))
         stacked = len(self.index)
         if slice(None) in self.index or stacked + len(right) != array.ndim:
             return range(array.ndim)
@@ -161,9 +163,9 @@ def _matches(rule: Rule, shapes: Mapping[str, Any]) -> Iterator[tuple[str, _Slot
 
 
 def _choices(letter: str, size: int) -> Sequence[int | slice]:
-    """Returns the places along one dimension that a letter, a number or ":" in square brackets stands for."""
-    if letter == ":":
-        return [slice(None)]
+    """Returns the places along one dimension that a letter, a number, ":" or "1:" in square brackets stands for."""
+    if letter.endswith(":"):
+        return [slice(int(letter[:-1]), None) if letter != ":" else slice(None)]
     return [int(letter)] if letter.isdigit() else range(size)
 
 
