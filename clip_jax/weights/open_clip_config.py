@@ -66,9 +66,8 @@ def config_of(architecture: Architecture) -> dict[str, Any]:
     """
     image, text = architecture.image, architecture.text
     model: dict[str, Any] = {"embed_dim": architecture.embed_dim}
-    built_in = [tower for tower in (image, text) if isinstance(tower, ViTTower | TextTower) and not is_timm(tower)]
-    quick_gelu = any(tower.activation == "quick_gelu" for tower in built_in)
-    if quick_gelu:
+    towers = (text,) if isinstance(image, ResNetTower) or is_timm(image) else (image, text)  # whose activation it says
+    if quick_gelu := any(tower.activation == "quick_gelu" for tower in towers):
         model["quick_gelu"] = True
     if architecture.logit_bias:
         model["init_logit_bias"] = SIGLIP_BIAS_INIT

@@ -58,7 +58,7 @@ def _flag(value: Any) -> bool:
 def _number(value: Any) -> float:
     if type(value) not in (int, float) or not abs(value) <= LARGEST_SIZE:  # NaN is not
         raise UserError(f"should be a number up to {LARGEST_SIZE}")
-    return value
+    return float(value)
 
 
 def _id(value: Any) -> int:

@@ -83,10 +83,14 @@ RULES = (
 
 
 def nearest_tower(tower: ViTTower) -> str:
-    """Returns the name of the tower that differs in the fewest fields, in none if there is such a one."""
+    """Returns the name of the tower that is most like this one: by its sizes, by what it computes, by its images."""
+
     says = dataclasses.asdict(tower)
 
-    def differing(name: str) -> int:
-        return sum(value != says[field] for field, value in dataclasses.asdict(TOWERS[name]).items())
+    def distance(name: str) -> tuple[int, bool, int]:
+        other = dataclasses.asdict(TOWERS[name])
+        sizes = other.keys() - {"image_size", "activation"}
+        differing = sum(other[field] != says[field] for field in sizes)
+        return differing, other["activation"] != tower.activation, abs(other["image_size"] - tower.image_size)
 
-    return min(TOWERS, key=differing)
+    return min(TOWERS, key=distance)
