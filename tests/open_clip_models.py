@@ -1,13 +1,27 @@
 """OpenCLIP's models with random weights: built by its own code from its own configs, narrowed or with few blocks."""
 
+import contextlib
 import copy
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 from oracles import open_clip, require
 
 from clip_jax.architecture import Architecture
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Keeps PyTorch from a second thread, which would wait, at full load, for the first after each of many products."""
+    torch = require("torch")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class Outputs(NamedTuple):
@@ -56,6 +70,7 @@ def few_blocks(name: str, depth: int) -> dict[str, Any]:
     return config
 
 
+@one_thread()
 def random_model(config: dict[str, Any], *, timm_depth: int | None = None, noise: np.ndarray | None = None) -> Any:
     """Returns a model for evaluation, no gain, bias or temperature of which is left as it starts.
 
@@ -121,6 +136,7 @@ def as_images(image_BHWC: np.ndarray) -> Any:
     return require("torch").from_numpy(image_BHWC.transpose(0, 3, 1, 2).copy())
 
 
+@one_thread()
 def run(model: Any, image_BHWC: np.ndarray, tokens_AL: np.ndarray) -> Outputs:
     """Returns what the model computes."""
     torch = require("torch")

@@ -16,9 +16,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import tokenizers
 
-from clip_jax.architecture import Architecture, ResNetTower, Tokenize
+from clip_jax.architecture import Architecture, ResNetTower
 from clip_jax.errors import UserError
 from clip_jax.files import whole
 from clip_jax.models.clip import Definition
@@ -79,13 +78,15 @@ def read(folder: Path, dtype: DType | None = None) -> Bundle:
     problems, tokenizer, arrays = [], None, {}
     try:
         if architecture.tokenize.kind == "file":
-            tokenize, tokenizer = _read_tokenizer(folder, architecture.tokenize.clean, blanks_separator(config))
+            clean, blank_sep = architecture.tokenize.clean, blanks_separator(config)
+            tokenize, tokenizer = tokenizer_files.read(folder, clean, blank_sep=blank_sep)
             architecture = dataclasses.replace(architecture, tokenize=tokenize)
     except UserError as error:
         problems.append(str(error))
     try:
         tensors, file = _read_first(folder, WEIGHTS)
-        arrays = _arrays(tensors, architecture, dtype, f"{file}, by {folder / CONFIG}")
+        remedy = f'write "quick_gelu": true into the model_cfg of {folder / CONFIG}'
+        arrays = _arrays(tensors, architecture, dtype, whose=f"{file}, by {folder / CONFIG}", remedy=remedy)
     except UserError as error:
         problems.append(str(error))
     if problems:
@@ -99,7 +100,9 @@ def read_state_dict(path: Path, architecture: Architecture, dtype: DType | None 
     Raises:
         UserError: not such a file, a damaged one, or tensors that are not the architecture's; all of them.
     """
-    arrays = _arrays(_read_file(path), architecture, dtype, str(path))
+    name = variant_of(_with_quick_gelu(architecture), "")
+    remedy = f"say activation='quick_gelu'{f' or variant={name!r}' if name else ''}"
+    arrays = _arrays(_read_file(path), architecture, dtype, whose=str(path), remedy=remedy)
     return Bundle(architecture, arrays, variant_of(architecture, path.stem), str(path))
 
 
@@ -110,7 +113,7 @@ def write(folder: Path, bundle: Bundle) -> None:
         UserError: what the format cannot hold, all of it; or a folder that cannot be written.
     """
     config = config_of(bundle.architecture)
-    texts = {CONFIG: json.dumps(config, indent=2) + "\n"} | tokenizer_files.files(bundle, "open_clip")
+    texts = {CONFIG: json.dumps(config, indent=2).encode() + b"\n"} | tokenizer_files.files(bundle, "open_clip")
     rules = rules_of(bundle.architecture, custom_text=config["model_cfg"].get("custom_text", False))
     _write_folder(folder, texts, TENSORS, export_tensors(rules, bundle.arrays))
 
@@ -124,13 +127,18 @@ def rules_of(architecture: Architecture, *, custom_text: bool) -> tuple[Rule, ..
 
 
 def _arrays(
-    tensors: Mapping[str, np.ndarray], architecture: Architecture, dtype: DType | None, whose: str
-) -> dict[str, np.ndarray]:
-    """Returns our arrays, filled from the tensors of a file."""
+    tensors: Mapping[str, np.ndarray], architecture: Architecture, dtype: DType | None, *, whose: str, remedy: str
+) -> Mapping[str, np.ndarray]:
+    """Returns our arrays, filled from a file's tensors; `remedy`: how to say that they are computed with QuickGELU."""
     weights = {name: x for name, x in tensors.items() if not re.fullmatch(IGNORED, name)}
     try:
         if weights.keys() >= OPENAI_NUMBERS:
-            _check_quick_gelu(architecture)
+            if architecture != _with_quick_gelu(architecture):
+                raise UserError(
+                    f"these weights are OpenAI's ({', '.join(sorted(OPENAI_NUMBERS))} are among them), trained with "
+                    f"QuickGELU; computed with another GELU ({architecture.text.activation!r}) they lose several "
+                    f"points of accuracy, and nothing says so: {remedy}"
+                )
             weights = {name: x for name, x in weights.items() if name not in OPENAI_NUMBERS}
         scalars = {rule.source for rule in SCALARS}  # some have been trained as vectors of one element
         weights = {name: x.reshape(()) if name in scalars and x.size == 1 else x for name, x in weights.items()}
@@ -140,34 +148,13 @@ def _arrays(
         raise UserError(f"{whose}: {error}") from error
 
 
-def _check_quick_gelu(architecture: Architecture) -> None:
-    """Raises UserError when OpenAI's weights would be computed with another activation than they were trained with."""
+def _with_quick_gelu(architecture: Architecture) -> Architecture:
     towers = {"image": architecture.image, "text": architecture.text}
     quick = {
         name: tower if isinstance(tower, ResNetTower) else dataclasses.replace(tower, activation="quick_gelu")
         for name, tower in towers.items()
     }
-    if quick == towers:
-        return
-    name = variant_of(dataclasses.replace(architecture, **quick), "")
-    raise UserError(
-        f"these weights are OpenAI's ({', '.join(sorted(OPENAI_NUMBERS))} are among them), which were trained with "
-        f"QuickGELU; computed with {architecture.text.activation!r} their accuracy drops by several points, and no "
-        f"error tells: say activation='quick_gelu'{f' or variant={name!r}' if name else ''}"
-    )
-
-
-def _read_tokenizer(folder: Path, clean: str, blanks: bool) -> tuple[Tokenize, str | None]:
-    """Returns how the folder's tokenizer makes ids, and what it says; `blanks`: its separator becomes 0."""
-    tokenize, tokenizer = tokenizer_files.read(folder, clean)
-    if not blanks or tokenizer is None:
-        return tokenize, tokenizer
-    separator = read_json(folder / "tokenizer_config.json").get("sep_token", "[SEP]")
-    word = separator.get("content") if isinstance(separator, dict) else separator
-    blank_id = tokenizers.Tokenizer.from_str(tokenizer).token_to_id(word)
-    if blank_id is None:
-        raise UserError(f"{folder / CONFIG}: strip_sep_token, but the tokenizer has no token {word!r}")
-    return dataclasses.replace(tokenize, blank_id=blank_id), tokenizer
+    return dataclasses.replace(architecture, **quick)
 
 
 # --- until clip_jax/weights/{tensors,folder}.py are merged ---
@@ -184,10 +171,10 @@ def _read_first(folder: Path, names: Sequence[str]) -> tuple[dict[str, np.ndarra
     return _read_file(path), path
 
 
-def _write_folder(path: Path, texts: Mapping[str, str], tensors_name: str, tensors: dict[str, np.ndarray]) -> None:
+def _write_folder(path: Path, texts: Mapping[str, bytes], tensors_name: str, tensors: dict[str, np.ndarray]) -> None:
     with contextlib.ExitStack() as files:
         temporaries = {name: files.enter_context(whole(path / name)) for name in texts}
         for name, temporary in temporaries.items():
-            temporary.write_text(texts[name], encoding="utf-8")
+            temporary.write_bytes(texts[name])
         _save(files.enter_context(whole(path / tensors_name)), tensors)
         (path / next(iter(texts))).unlink(missing_ok=True)

@@ -36,16 +36,6 @@ NAMES = (
 FULL_ONLY = ("ViT-H-14", "ViT-bigG-14", "ViT-SO400M-14-SigLIP")
 
 
-@pytest.fixture(scope="module")
-def one_thread():
-    """Keeps PyTorch from a second thread, which would wait, at full load, for the first after each of many products."""
-    torch = require("torch")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def unoptimised():
     """What is small need not be fast: it compiles sooner."""
@@ -85,11 +75,11 @@ def assert_parity(config: dict[str, Any], depth: int, images: int, tmp_path) -> 
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in FULL_ONLY])
-def test_a_narrowed_models_features_and_logits_are_within_1e_5_of_open_clips(name, one_thread, unoptimised, tmp_path):
+def test_a_narrowed_models_features_and_logits_are_within_1e_5_of_open_clips(name, unoptimised, tmp_path):
     assert_parity(narrowed(name), 1, 4, tmp_path)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("name", NAMES)
-def test_a_models_features_and_logits_are_within_1e_5_of_open_clips(name, one_thread, tmp_path):
+def test_a_models_features_and_logits_are_within_1e_5_of_open_clips(name, tmp_path):
     assert_parity(few_blocks(name, 3), 3, 2, tmp_path)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import ml_dtypes
 import numpy as np
 import open_clip_models
 import pytest
@@ -17,11 +18,11 @@ from oracles import require, timm
 from clip_jax.architecture import Architecture, Preprocess, ResNetTower, TextTower, Tokenize, ViTTower
 from clip_jax.errors import UserError
 from clip_jax.models.clip import Definition
-from clip_jax.models.variants import CLIPA_PREPROCESS, OPEN_CLIP, SIGLIP, VARIANTS
-from clip_jax.weights import open_clip, preprocess_files
+from clip_jax.models.variants import CLIPA_PREPROCESS, OPEN_CLIP, SIGLIP, SIGLIP_PREPROCESS, VARIANTS
+from clip_jax.weights import archive, open_clip, preprocess_files
 from clip_jax.weights import timm as our_timm
 from clip_jax.weights.bundle import Bundle
-from clip_jax.weights.mapping import flatten, source_shapes
+from clip_jax.weights.mapping import export_tensors, flatten, source_shapes
 
 PEERS = OPEN_CLIP | SIGLIP
 TEXT = TextTower(context_length=12, vocab_size=50, width=32, depth=2, num_heads=2, mlp_dim=96)
@@ -41,6 +42,9 @@ NARROW = {
         32, dataclasses.replace(VIT, pool="mean"), dataclasses.replace(TEXT, pool="eos", eos_id=7, projection=False)
     ),
 }
+
+
+OF_TIMM = ("ViT-SO400M-14-SigLIP-384", "ViT-SO400M-16-SigLIP-i18n-256", "ViT-B-32-SigLIP2-256")
 
 
 def peers_name(name: str) -> str:
@@ -112,11 +116,7 @@ def test_a_name_has_as_many_parameters_as_in_open_clip(name):
     assert sum(math.prod(x.shape) for x in jax.tree.leaves(Definition(PEERS[name]).shapes().params)) == count
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["RN50x4-gelu", "ViT-g-14", "ViT-H-14-worldwide", "ViT-L-14-CLIPA"]
-    + ["ViT-SO400M-14-SigLIP-384", "ViT-SO400M-16-SigLIP-i18n-256", "ViT-B-32-SigLIP2-256"],
-)
+@pytest.mark.parametrize("name", ["RN50x4-gelu", "ViT-g-14", "ViT-L-14-CLIPA", *OF_TIMM])
 def test_a_models_tensors_have_open_clips_names_and_shapes(name):
     theirs = {key: tuple(x.shape) for key, x in without_memory(name).state_dict().items()}
     rules = open_clip.rules_of(PEERS[name], custom_text="text.positional_embedding" in theirs)
@@ -305,17 +305,16 @@ def test_where_each_family_does_things_its_own_way_the_format_takes_any():
 # --- folders ---
 
 
-def save(folder: Path, model: Any, config: dict[str, Any], preprocess: Preprocess, name: str) -> Path:
-    """Writes a model of OpenCLIP's as a folder of its own; a name that ends in safetensors says the format."""
+def save(folder: Path, model: Any, config: dict[str, Any], preprocess: Preprocess, file: str) -> Path:
+    """Writes a model of OpenCLIP's as a folder of its own; the file's name says its format."""
     torch = require("torch")
     folder.mkdir()
     content = {"model_cfg": config, "preprocess_cfg": preprocess_files.to_open_clip(preprocess)}
     (folder / "open_clip_config.json").write_text(json.dumps(content))
-    tensors = model.state_dict()
-    if name.endswith("safetensors"):
-        require("safetensors.torch").save_file(tensors, folder / name)
+    if file.endswith("safetensors"):
+        require("safetensors.torch").save_file(model.state_dict(), folder / file)
     else:
-        torch.save(tensors, folder / name)
+        torch.save(model.state_dict(), folder / file)
     return folder
 
 
@@ -323,28 +322,27 @@ def state_of(model: Any) -> dict[str, np.ndarray]:
     return {name: x.numpy() for name, x in model.state_dict().items()}
 
 
-def as_custom_text(config: dict[str, Any]) -> dict[str, Any]:
+def with_openais_tokenizer(config: dict[str, Any]) -> dict[str, Any]:
+    return config | {"text_cfg": config["text_cfg"] | {"hf_tokenizer_name": None, "tokenizer_kwargs": {}}}
+
+
+def with_custom_text(config: dict[str, Any]) -> dict[str, Any]:
     """Returns the config of the same model with its text tower under `text.`, and temperatures as vectors."""
     return config | {"custom_text": True, "nonscalar_logit_scale": True, "init_logit_bias": -5}
 
 
 CASES = {
-    "ViT-B-32-quickgelu": ("ViT-B-32-quickgelu", lambda config: config, "open_clip_pytorch_model.bin"),
-    "RN50": ("RN50", lambda config: config, "open_clip_model.safetensors"),
-    "CLIPA": ("ViT-L-14-CLIPA", lambda config: config, "pytorch_model.pth"),
-    "custom text": ("ViT-g-14", as_custom_text, "model.safetensors"),
+    "ViT-B-32-quickgelu": (VARIANTS["ViT-B-32"].preprocess, with_openais_tokenizer, "open_clip_pytorch_model.bin"),
+    "RN50": (VARIANTS["RN50"].preprocess, with_openais_tokenizer, "open_clip_model.safetensors"),
+    "ViT-L-14-CLIPA": (CLIPA_PREPROCESS, with_openais_tokenizer, "pytorch_model.pth"),
+    "ViT-g-14": (VARIANTS["ViT-g-14"].preprocess, with_custom_text, "model.safetensors"),
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_what_is_read_is_written_and_opened_by_open_clip_bit_for_bit(case, tmp_path):
-    name, change, file = CASES[case]
-    config, preprocess = (
-        change(open_clip_models.narrowed(name)),
-        VARIANTS[name if name in PEERS else f"{name}-gelu"].preprocess,
-    )
-    config["text_cfg"].pop("hf_tokenizer_name", None)
-    config["text_cfg"].pop("tokenizer_kwargs", None)
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_read_is_written_and_opened_by_open_clip_bit_for_bit(name, tmp_path):
+    preprocess, change, file = CASES[name]
+    config = change(open_clip_models.narrowed(name))
     size = config["vision_cfg"]["image_size"]
     noise = np.random.default_rng(1).normal(size=(2, size, size, 3)).astype(np.float32)
     model = open_clip_models.random_model(config, noise=noise)
@@ -353,17 +351,268 @@ def test_what_is_read_is_written_and_opened_by_open_clip_bit_for_bit(case, tmp_p
     assert (found.variant, found.origin, found.tokenizer) == ("theirs", str(tmp_path / "theirs"), None)
 
     open_clip.write(tmp_path / "ours", found)
-    loaded, _, transform = peer().create_model_and_transforms(f"local-dir:{tmp_path / 'ours'}")
+    loaded, _, _ = peer().create_model_and_transforms(f"local-dir:{tmp_path / 'ours'}")
     plain = {key.removeprefix("text."): x.reshape(()) if x.size == 1 else x for key, x in state_of(model).items()}
     assert_same({key.removeprefix("text."): x for key, x in state_of(loaded).items()}, plain)
     inputs = open_clip_models.inputs(found.architecture, images=2)
-    for ours, theirs in zip(
-        open_clip_models.run(loaded.eval(), *inputs), open_clip_models.run(model, *inputs), strict=True
-    ):
+    outputs = (open_clip_models.run(it.eval(), *inputs) for it in (loaded, model))
+    for ours, theirs in zip(*outputs, strict=True):
         np.testing.assert_array_equal(ours, theirs)
     assert loaded.visual.preprocess_cfg["resize_mode"] == preprocess.resize
-    assert transform is not None
+    assert loaded.visual.preprocess_cfg["interpolation"] == preprocess.interpolation
 
     again = open_clip.read(tmp_path / "ours")
     assert again.architecture == found.architecture
     assert_same(again.arrays, found.arrays)
+
+
+@pytest.mark.full
+def test_a_siglip_is_written_and_opened_by_open_clip_bit_for_bit(tmp_path):
+    config = with_openais_tokenizer(open_clip_models.narrowed("ViT-B-16-SigLIP2"))
+    model = open_clip_models.random_model(config, timm_depth=12)
+    found = open_clip.read(save(tmp_path / "theirs", model, config, SIGLIP_PREPROCESS, "open_clip_model.safetensors"))
+    open_clip.write(tmp_path / "ours", found)
+    loaded, _, _ = peer().create_model_and_transforms(f"local-dir:{tmp_path / 'ours'}")
+    assert_same(state_of(loaded), state_of(model))
+    inputs = open_clip_models.inputs(found.architecture, images=2)
+    outputs = (open_clip_models.run(it.eval(), *inputs) for it in (loaded, model))
+    for ours, theirs in zip(*outputs, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_the_tensors_of_a_siglip_go_in_and_out_bit_for_bit(tmp_path):
+    config = open_clip_models.narrowed("ViT-B-16-SigLIP")
+    model = open_clip_models.random_model(config, timm_depth=2)
+    architecture = open_clip.architecture_of({"model_cfg": config})
+    architecture = dataclasses.replace(architecture, image=dataclasses.replace(architecture.image, depth=2))
+    require("torch").save(model.state_dict(), tmp_path / "model.pt")
+    found = open_clip.read_state_dict(tmp_path / "model.pt", architecture)
+    assert_same(export_tensors(open_clip.rules_of(architecture, custom_text=True), found.arrays), state_of(model))
+
+
+@pytest.mark.parametrize("name", NARROW)
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32])
+def test_arrays_keep_their_bits_and_dtypes_on_the_way_through_a_folder(name, dtype, tmp_path):
+    bundle = bundle_of(NARROW[name], dtype)
+    open_clip.write(tmp_path / "folder", bundle)
+    assert sorted(file.name for file in (tmp_path / "folder").iterdir()) == [open_clip.CONFIG, open_clip.TENSORS]
+    found = open_clip.read(tmp_path / "folder")
+    assert found.architecture == NARROW[name]
+    assert_same(found.arrays, bundle.arrays)
+    floats = [x.dtype for x in open_clip.read(tmp_path / "folder", np.float32).arrays.values() if x.dtype != np.int32]
+    assert set(floats) == {np.dtype(np.float32)}
+
+
+def test_a_named_model_is_found_to_be_it(tmp_path):
+    open_clip.write(tmp_path / "folder", bundle_of(VARIANTS["ViT-W64/4@16px"]))
+    assert open_clip.read(tmp_path / "folder").variant == "ViT-W64/4@16px"
+    assert open_clip.is_folder(tmp_path / "folder")
+    assert not open_clip.is_folder(tmp_path)
+    assert not open_clip.is_folder(tmp_path / ("x" * 5000))
+
+
+@pytest.mark.parametrize("clean", ["lower", "canonicalize"])
+def test_open_clip_makes_the_same_tokens_of_a_folder_with_openais_tokenizer(clean, tmp_path):
+    architecture = dataclasses.replace(VARIANTS["ViT-W64/4@16px"], tokenize=Tokenize(clean=clean))
+    open_clip.write(tmp_path / "folder", bundle_of(architecture))
+    tokenizer = peer().get_tokenizer(f"local-dir:{tmp_path / 'folder'}")
+    texts = ["A photo,  of a dog!", "x" * 100, ""]
+    ids = tokenizer(texts).numpy()
+    assert ids.shape == (3, 16)
+    plain = peer().SimpleTokenizer(context_length=16, clean=clean)
+    np.testing.assert_array_equal(ids, plain(texts).numpy())
+    assert open_clip.read(tmp_path / "folder").architecture.tokenize.clean == clean
+
+
+TOKENIZER = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "a": 4, "dog": 5}
+
+
+def bert(folder: Path) -> Path:
+    """Writes a small tokenizer as `bert-base-uncased` has it."""
+    require("transformers")
+    from transformers import BertTokenizer
+
+    folder.mkdir(exist_ok=True)
+    (folder / "vocab.txt").write_text("\n".join(TOKENIZER))
+    BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
+    return folder
+
+
+def test_a_tokenizer_of_a_folders_own_comes_with_the_model_and_its_separator_is_blanked_where_the_config_says(tmp_path):
+    folder = bert(tmp_path / "folder")
+    open_clip.write(tmp_path / "other", bundle_of(NARROW["last"]))
+    config = json.loads((tmp_path / "other" / open_clip.CONFIG).read_text())
+    config["model_cfg"]["text_cfg"] |= {"hf_tokenizer_name": "bert-base-uncased"}
+    config["model_cfg"]["text_cfg"] |= {"tokenizer_kwargs": {"strip_sep_token": True}}
+    (folder / open_clip.CONFIG).write_text(json.dumps(config))
+    (tmp_path / "other" / open_clip.TENSORS).rename(folder / open_clip.TENSORS)
+    found = open_clip.read(folder)
+    tokenize = found.architecture.tokenize
+    assert (tokenize.kind, tokenize.clean, tokenize.pad_id, tokenize.blank_id) == ("file", "whitespace", 0, 3)
+    assert {"a", "dog"} < json.loads(found.tokenizer)["model"]["vocab"].keys()
+
+    open_clip.write(tmp_path / "ours", found)
+    again = open_clip.read(tmp_path / "ours")
+    assert (again.architecture, again.tokenizer) == (found.architecture, found.tokenizer)
+    theirs, ours = (peer().get_tokenizer(f"local-dir:{path}") for path in (folder, tmp_path / "ours"))
+    assert theirs(["A  dog"]).tolist() == ours(["A  dog"]).tolist() == [[2, 4, 5] + [0] * 9]
+
+
+# --- files that are not as they should be ---
+
+
+def folder_of(path: Path, name: str = "ViT", changes: dict[str, Any] | None = None) -> Path:
+    """Writes a folder whose config is changed after the weights were written."""
+    open_clip.write(path, bundle_of(NARROW[name]))
+    config = json.loads((path / open_clip.CONFIG).read_text())
+    for where, value in (changes or {}).items():
+        part, _, key = where.rpartition(".")
+        (config["model_cfg"][part] if part else config["model_cfg"])[key] = value
+    (path / open_clip.CONFIG).write_text(json.dumps(config))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "reasons"),
+    [
+        ({"text_cfg.layers": 3}, ["missing (12): transformer.resblocks.2.ln_1.weight"]),
+        ({"text_cfg.layers": 1}, ["not known (12): transformer.resblocks.1."]),
+        (
+            {"vision_cfg.mlp_ratio": 2.0},
+            ["visual.transformer.resblocks.0.mlp.c_fc.weight is float32 [100, 48]", "[96, 48]"],
+        ),
+        ({"init_logit_bias": -10}, ["missing (1): logit_bias"]),
+        ({"vision_cfg.no_ln_pre": True}, ["not known (2): visual.ln_pre."]),
+        ({"text_cfg.proj_bias": True}, ["missing (2): text_projection.weight, text_projection.bias", "not known (1)"]),
+        (
+            {"embed_dim": 8, "vision_cfg.image_size": 32, "text_cfg.layers": 3},
+            [
+                "missing (12)",
+                "text_projection is float32 [32, 24], not float [32, 8]",
+                "visual.positional_embedding is",
+            ],
+        ),
+    ],
+    ids=lambda words: str(words)[:50],
+)
+def test_a_config_and_weights_that_disagree_are_refused_with_all_that_differs(changes, reasons, tmp_path):
+    folder = folder_of(tmp_path / "folder", changes=changes)
+    with pytest.raises(UserError) as error:
+        open_clip.read(folder)
+    for words in (*reasons, str(folder / open_clip.CONFIG), str(folder / open_clip.TENSORS)):
+        assert words in str(error.value)
+
+
+def test_a_folder_without_weights_and_tokenizer_is_refused_for_both(tmp_path):
+    folder = folder_of(tmp_path / "folder", changes={"text_cfg.hf_tokenizer_name": "timm/ViT-B-16-SigLIP"})
+    (folder / open_clip.TENSORS).rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"no tokenizer.*; .* has no weights: none of open_clip_model.safetensors, "):
+        open_clip.read(folder)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"model_cfg": 3}'])
+def test_a_config_that_says_nothing_is_refused_by_its_path(content, tmp_path):
+    (tmp_path / open_clip.CONFIG).write_text(content)
+    with pytest.raises(UserError) as error:
+        open_clip.read(tmp_path)
+    assert str(tmp_path / open_clip.CONFIG) in str(error.value)
+
+
+def test_the_weights_that_are_read_are_those_that_open_clip_would_take(tmp_path):
+    folder = folder_of(tmp_path / "folder")
+    for file in open_clip.WEIGHTS[1:]:
+        (folder / file).write_bytes(b"nothing")
+    assert open_clip.read(folder).architecture == NARROW["ViT"]
+    names = list(open_clip.WEIGHTS)
+    while names:
+        chosen = peer().factory._find_checkpoint_in_dir(folder)
+        assert Path(chosen).name == names[0]
+        (folder / names.pop(0)).unlink()
+
+
+# --- lone state dicts ---
+
+
+def tensors_of(name: str, prefix: str = "") -> dict[str, np.ndarray]:
+    """Returns a model's tensors by OpenCLIP's names, with the text tower at the root or under `text.`."""
+    rules = open_clip.rules_of(NARROW[name], custom_text=bool(prefix))
+    return dict(export_tensors(rules, bundle_of(NARROW[name]).arrays))
+
+
+@pytest.mark.parametrize("prefix", ["", "text."])
+@pytest.mark.parametrize("file", ["model.pt", "model.bin", "model.safetensors"])
+def test_a_lone_state_dict_is_read_as_the_architecture_that_is_told(file, prefix, tmp_path):
+    tensors = tensors_of("last", prefix)
+    tensors |= {"logit_scale": tensors["logit_scale"].reshape(1), "logit_bias": tensors["logit_bias"].reshape(1)}
+    if file.endswith("safetensors"):
+        require("safetensors.numpy").save_file(
+            {key: np.asarray(x, order="C") for key, x in tensors.items()}, tmp_path / file
+        )
+    else:
+        masks = {f"{prefix}attn_mask": np.zeros((12, 12), np.float32)}
+        archive.write(tmp_path / file, tensors | masks)
+    found = open_clip.read_state_dict(tmp_path / file, NARROW["last"])
+    assert (found.architecture, found.variant, found.origin) == (NARROW["last"], "model", str(tmp_path / file))
+    assert_same(found.arrays, bundle_of(NARROW["last"]).arrays)
+
+
+def test_a_state_dict_of_another_model_is_refused_with_all_that_differs(tmp_path):
+    archive.write(tmp_path / "model.pt", tensors_of("ResNet"))
+    with pytest.raises(
+        UserError, match=r"model\.pt: .*missing .*visual\.class_embedding.*; not known .*visual\.bn1"
+    ) as error:
+        open_clip.read_state_dict(tmp_path / "model.pt", NARROW["ViT"])
+    assert "\n" not in str(error.value)
+
+
+# --- the activation that OpenAI's weights were trained with ---
+
+
+def as_openais(name: str, path: Path) -> Path:
+    """Writes a model as OpenAI does: with three numbers among the tensors."""
+    architecture = NARROW[name]
+    numbers = {
+        "input_resolution": architecture.image.image_size,
+        "context_length": architecture.text.context_length,
+        "vocab_size": architecture.text.vocab_size,
+    }
+    tensors = tensors_of(name) | {key: np.array(n, np.int64) for key, n in numbers.items()}
+    archive.write(path, tensors)
+    return path
+
+
+def gelu(architecture: Architecture) -> Architecture:
+    towers = {"text": dataclasses.replace(architecture.text, activation="gelu")}
+    if isinstance(architecture.image, ViTTower):
+        towers["image"] = dataclasses.replace(architecture.image, activation="gelu")
+    return dataclasses.replace(architecture, **towers)
+
+
+@pytest.mark.parametrize("name", ["ViT", "ResNet"])
+def test_openais_weights_are_not_computed_with_another_gelu_and_the_error_says_what_would_happen(name, tmp_path):
+    path = as_openais(name, tmp_path / "model.pt")
+    with pytest.raises(UserError) as error:
+        open_clip.read_state_dict(path, gelu(NARROW[name]))
+    for words in (
+        f"{path}: these weights are OpenAI's (context_length, input_resolution, vocab_size are among them)",
+        "trained with QuickGELU; computed with another GELU ('gelu') they lose several points of accuracy",
+        "say activation='quick_gelu'",
+    ):
+        assert words in str(error.value)
+    assert_same(open_clip.read_state_dict(path, NARROW[name]).arrays, bundle_of(NARROW[name]).arrays)
+
+
+def test_the_error_names_a_variant_that_has_quickgelu_where_there_is_one(tmp_path):
+    path = as_openais("ViT", tmp_path / "model.pt")
+    with pytest.raises(UserError, match="activation='quick_gelu' or variant='ViT-B/32'"):
+        open_clip.read_state_dict(path, VARIANTS["ViT-B-32"])
+
+
+def test_a_folder_with_openais_weights_whose_config_says_gelu_is_refused(tmp_path):
+    folder = folder_of(tmp_path / "folder", changes={"quick_gelu": False})
+    (folder / open_clip.TENSORS).unlink()
+    as_openais("ViT", folder / "open_clip_pytorch_model.bin")
+    with pytest.raises(
+        UserError, match=r'QuickGELU; .* write "quick_gelu": true into the model_cfg of .*open_clip_config'
+    ):
+        open_clip.read(folder)
