@@ -1,0 +1,180 @@
+"""OpenCLIP's folders and state dicts, read and written.
+
+FOLDER/open_clip_config.json         {"model_cfg": …, "preprocess_cfg": …}: clip_jax/weights/open_clip_config.py
+FOLDER/open_clip_model.safetensors   the weights; other names and PyTorch's files are read too
+FOLDER/tokenizer.json, …             where the tokenizer is not OpenAI's
+
+Built-in towers have OpenAI's names. A text tower is at the root or under `text.`; SigLIP's image towers are timm's.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from clip_jax.architecture import Architecture, ResNetTower
+from clip_jax.errors import UserError
+from clip_jax.files import whole
+from clip_jax.models.clip import Definition
+from clip_jax.weights import archive, openai, timm, tokenizer_files
+from clip_jax.weights.bundle import Bundle, _save, read_json, read_safetensors, variant_of
+from clip_jax.weights.mapping import DType, Rule, export_tensors, flatten, import_tensors
+from clip_jax.weights.open_clip_config import architecture_of, blanks_separator, config_of, is_timm
+
+CONFIG, TENSORS = "open_clip_config.json", "open_clip_model.safetensors"
+# What weights may be called; OpenCLIP takes the first that is there, and so do we.
+WEIGHTS = (
+    TENSORS,
+    "open_clip_pytorch_model.safetensors",
+    "open_clip_pytorch_model.bin",
+    "open_clip_pytorch_model.pth",
+    "model.safetensors",
+    "pytorch_model.bin",
+    "pytorch_model.pth",
+    "model.pth",
+)
+
+SCALARS = (
+    Rule("logit_scale", "logit_scale", "->"),
+    Rule("logit_bias", "logit_bias", "->"),
+)
+IMAGE = tuple(rule for rule in openai.RULES if rule.target.startswith("image/"))
+TIMM_IMAGE = tuple(rule.inside("visual.trunk", "image") for rule in timm.RULES)
+TEXT = tuple(rule for rule in openai.RULES if rule.target.startswith("text/") and rule.target != "text/projection")
+MATRIX = (Rule("text_projection", "text/projection", "D E -> D E"),)
+LINEAR = (
+    Rule("text_projection.weight", "text/projection", "E D -> D E"),
+    Rule("text_projection.bias", "text/projection_bias", "E -> E"),
+)
+
+# Names of tensors that are no weights: causal masks, of blocks and of the whole tower.
+IGNORED = r"((visual\.|text\.)?transformer\.resblocks\.\d+\.|text\.)?attn_mask"
+# What only OpenAI's own files have: three numbers. The weights were trained with QuickGELU.
+OPENAI_NUMBERS = {"input_resolution", "context_length", "vocab_size"}
+
+
+def is_folder(path: Path) -> bool:
+    """Returns whether there is a folder of OpenCLIP's."""
+    return os.path.isfile(path / CONFIG)  # noqa: PTH113 (Path's own fails for a name that is too long)
+
+
+def read(folder: Path, dtype: DType | None = None) -> Bundle:
+    """Returns the model in one of OpenCLIP's folders; floats in `dtype`, or where that is None as they are.
+
+    Raises:
+        UserError: a config that is not understood; then all that is wrong with tokenizer and weights: they are not
+            there, they are damaged, or they are not the config's.
+    """
+    config = read_json(folder / CONFIG)
+    try:
+        architecture = architecture_of(config)
+    except UserError as error:
+        raise UserError(f"{folder / CONFIG}: {error}") from error
+    problems, tokenizer, arrays = [], None, {}
+    try:
+        if architecture.tokenize.kind == "file":
+            clean, blank_sep = architecture.tokenize.clean, blanks_separator(config)
+            tokenize, tokenizer = tokenizer_files.read(folder, clean, blank_sep=blank_sep)
+            architecture = dataclasses.replace(architecture, tokenize=tokenize)
+    except UserError as error:
+        problems.append(str(error))
+    try:
+        tensors, file = _read_first(folder, WEIGHTS)
+        remedy = f'write "quick_gelu": true into the model_cfg of {folder / CONFIG}'
+        arrays = _arrays(tensors, architecture, dtype, whose=f"{file}, by {folder / CONFIG}", remedy=remedy)
+    except UserError as error:
+        problems.append(str(error))
+    if problems:
+        raise UserError("; ".join(problems))
+    return Bundle(architecture, arrays, variant_of(architecture, folder.name), str(folder), tokenizer)
+
+
+def read_state_dict(path: Path, architecture: Architecture, dtype: DType | None = None) -> Bundle:
+    """Returns the model whose weights are in a lone file, by OpenCLIP's names; the architecture is what it is told.
+
+    Raises:
+        UserError: not such a file, a damaged one, or tensors that are not the architecture's; all of them.
+    """
+    name = variant_of(_with_quick_gelu(architecture), "")
+    remedy = f"say activation='quick_gelu'{f' or variant={name!r}' if name else ''}"
+    arrays = _arrays(_read_file(path), architecture, dtype, whose=str(path), remedy=remedy)
+    return Bundle(architecture, arrays, variant_of(architecture, path.stem), str(path))
+
+
+def write(folder: Path, bundle: Bundle) -> None:
+    """Writes the model as a folder that OpenCLIP opens as "local-dir:FOLDER", in the bundle's dtypes.
+
+    Raises:
+        UserError: what the format cannot hold, all of it; or a folder that cannot be written.
+    """
+    config = config_of(bundle.architecture)
+    texts = {CONFIG: json.dumps(config, indent=2).encode() + b"\n"} | tokenizer_files.files(bundle, "open_clip")
+    rules = rules_of(bundle.architecture, custom_text=config["model_cfg"].get("custom_text", False))
+    _write_folder(folder, texts, TENSORS, export_tensors(rules, bundle.arrays))
+
+
+def rules_of(architecture: Architecture, *, custom_text: bool) -> tuple[Rule, ...]:
+    """Returns the table of an architecture's weights; `custom_text`: the text tower is under `text.`."""
+    text = (*TEXT, *(LINEAR if architecture.text.projection_bias else MATRIX))
+    if custom_text:
+        text = tuple(dataclasses.replace(rule, source=f"text.{rule.source}") for rule in text)
+    return (*SCALARS, *text, *(TIMM_IMAGE if is_timm(architecture.image) else IMAGE))
+
+
+def _arrays(
+    tensors: Mapping[str, np.ndarray], architecture: Architecture, dtype: DType | None, *, whose: str, remedy: str
+) -> Mapping[str, np.ndarray]:
+    """Returns our arrays, filled from a file's tensors; `remedy`: how to say that they are computed with QuickGELU."""
+    weights = {name: x for name, x in tensors.items() if not re.fullmatch(IGNORED, name)}
+    try:
+        if weights.keys() >= OPENAI_NUMBERS:
+            if architecture != _with_quick_gelu(architecture):
+                raise UserError(
+                    f"these weights are OpenAI's ({', '.join(sorted(OPENAI_NUMBERS))} are among them), trained with "
+                    f"QuickGELU; computed with another GELU ({architecture.text.activation!r}) they lose several "
+                    f"points of accuracy, and nothing says so: {remedy}"
+                )
+            weights = {name: x for name, x in weights.items() if name not in OPENAI_NUMBERS}
+        scalars = {rule.source for rule in SCALARS}  # some have been trained as vectors of one element
+        weights = {name: x.reshape(()) if name in scalars and x.size == 1 else x for name, x in weights.items()}
+        rules = rules_of(architecture, custom_text="text.positional_embedding" in weights)
+        return import_tensors(rules, weights, flatten(Definition(architecture).shapes()), dtype)
+    except UserError as error:
+        raise UserError(f"{whose}: {error}") from error
+
+
+def _with_quick_gelu(architecture: Architecture) -> Architecture:
+    towers = {"image": architecture.image, "text": architecture.text}
+    quick = {
+        name: tower if isinstance(tower, ResNetTower) else dataclasses.replace(tower, activation="quick_gelu")
+        for name, tower in towers.items()
+    }
+    return dataclasses.replace(architecture, **quick)
+
+
+# --- until clip_jax/weights/{tensors,folder}.py are merged ---
+
+
+def _read_file(path: Path) -> dict[str, np.ndarray]:
+    return read_safetensors(path) if path.suffix == ".safetensors" else archive.read(path)
+
+
+def _read_first(folder: Path, names: Sequence[str]) -> tuple[dict[str, np.ndarray], Path]:
+    path = next((folder / name for name in names if os.path.lexists(folder / name)), None)
+    if path is None:
+        raise UserError(f"{folder} has no weights: none of {', '.join(names)}")
+    return _read_file(path), path
+
+
+def _write_folder(path: Path, texts: Mapping[str, bytes], tensors_name: str, tensors: dict[str, np.ndarray]) -> None:
+    with contextlib.ExitStack() as files:
+        temporaries = {name: files.enter_context(whole(path / name)) for name in texts}
+        for name, temporary in temporaries.items():
+            temporary.write_bytes(texts[name])
+        _save(files.enter_context(whole(path / tensors_name)), tensors)
+        (path / next(iter(texts))).unlink(missing_ok=True)
