@@ -76,7 +76,7 @@ class _Slot:
 
     def order(self, array: Any) -> Sequence[int]:
         """Returns our array's dimensions in the order that they have in their file: to fill it is then a plain copy."""
-        left, right = (re.findall(r"\w+", side) for side in self.pattern.split("->"))
+        left, right = (re.findall(r"[A-Z]\w*", side) for side in self.pattern.split("->"))
         stacked = len(self.index)
         if slice(None) in self.index or stacked + len(right) != array.ndim:
             return range(array.ndim)
