@@ -148,7 +148,7 @@ def write(path: Path, bundle: Bundle) -> None:
     archive.write(path, state_dict(bundle))
 
 
-def state_dict(bundle: Bundle) -> dict[str, np.ndarray]:
+def state_dict(bundle: Bundle) -> Mapping[str, np.ndarray]:
     """Returns the tensors of a model by OpenAI's names, the three numbers among them.
 
     Raises:

@@ -85,8 +85,9 @@ def compare(bundle: Bundle, expected: Outputs) -> list[Row]:
     definition = Definition(bundle.architecture)
     image_BHWC, tokens_BL = _inputs(bundle.architecture)
     with jax.default_matmul_precision("highest"):  # accelerators round float32 products unless they are told not to
-        found = _states(definition, unflatten(bundle.arrays, definition.shapes()), image_BHWC, tokens_BL)
-        placed = compiled.place(dict(bundle.arrays), definition)
+        arrays = dict(bundle.arrays)
+        found = _states(definition, unflatten(arrays, definition.shapes()), image_BHWC, tokens_BL)
+        placed = compiled.place(arrays, definition)
         img_BE = compiled.encode_image(definition, placed, image_BHWC)
         txt_BE = compiled.encode_text(definition, placed, tokens_BL)
         logits_BB = compiled.logits(definition, placed, img_BE, txt_BE)
