@@ -6,29 +6,30 @@ FOLDER/preprocessor_config.json  how images are prepared; newer folders may have
 FOLDER/tokenizer.json …          the tokenizer
 """
 
-import contextlib
 import dataclasses
 import functools
 import json
 import re
 import reprlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
 
 from clip_jax.architecture import Preprocess
 from clip_jax.errors import UserError, all_of
-from clip_jax.files import whole
+from clip_jax.files import read_json
 from clip_jax.models.clip import Definition
-from clip_jax.weights import archive, tokenizer_files
-from clip_jax.weights.bundle import Bundle, read_json, read_safetensors, variant_of
+from clip_jax.weights import folder, tokenizer_files
+from clip_jax.weights.bundle import Bundle, variant_of
+from clip_jax.weights.hub import COMPANIONS
 from clip_jax.weights.huggingface_config import architecture_of, config_of, family_of, image_size_of
-from clip_jax.weights.mapping import DType, Rule, export_tensors, flatten, import_tensors, listed
+from clip_jax.weights.mapping import DType, Rule, export_tensors, flatten, import_tensors
 from clip_jax.weights.preprocess_files import from_huggingface, to_huggingface
+from clip_jax.weights.streaming import specs_of
+from clip_jax.weights.tensors import read_first
 
 CONFIG, TENSORS = "config.json", "model.safetensors"
 PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
@@ -119,10 +120,10 @@ def read(path: Path, dtype: DType | None = None) -> Bundle:
             tensors that are not those of the config; all of them.
     """
     (family, architecture), preprocess, (tokenize, tokenizer), (tensors, file) = all_of(
-        lambda: _config(path, lambda config: (family_of(config), architecture_of(config))),
+        lambda: _said_in(path / CONFIG, lambda config: (family_of(config), architecture_of(config))),
         lambda: _preprocess(path),
         lambda: tokenizer_files.read(path, "none"),
-        lambda: _read_first(path, WEIGHTS),
+        lambda: read_first(path, WEIGHTS),
     )
     architecture = dataclasses.replace(architecture, preprocess=preprocess, tokenize=tokenize)
     weights = {name: x for name, x in tensors.items() if not re.fullmatch(IGNORED, name)}
@@ -152,66 +153,50 @@ def write(path: Path, bundle: Bundle) -> None:
     except UserError as error:
         raise UserError(f"{bundle.variant}: {error}") from error
     config["torch_dtype"] = str(_widest(bundle.arrays))
-    texts = {CONFIG: _json(config), PREPROCESSOR: _json(preprocessor)} | tokenizer
-    _write_folder(path, texts, export_tensors(RULES[config["model_type"]], bundle.arrays))
+    texts = {CONFIG: _json(config)} | dict.fromkeys(COMPANIONS) | {PREPROCESSOR: _json(preprocessor)} | tokenizer
+    tensors = export_tensors(RULES[config["model_type"]], bundle.arrays)
+    folder.write(path, texts, TENSORS, tensors, replaces=is_folder(path))
 
 
-def _config(path: Path, understand: Callable[[Any], Any]) -> Any:
-    """Returns what a function makes of a folder's config.json; the file is named in its error."""
-    config = read_json(path / CONFIG)
+def _said_in(file: Path, understand: Callable[[Any], Any]) -> Any:
+    """Returns what a function makes of a file of JSON; the file is named in its error."""
+    content = read_json(file)
     try:
-        return understand(config)
+        return understand(content)
     except UserError as error:
-        raise UserError(f"{path / CONFIG}: {error}") from error
+        raise UserError(f"{file}: {error}") from error
 
 
 def _preprocess(path: Path) -> Preprocess:
-    """Returns what the image processor's config says; where there are two, the processor's has the last word."""
-    both = read_json(path / PROCESSOR) if (path / PROCESSOR).is_file() else {}
-    config = both.get("image_processor") if isinstance(both, dict) else both
-    if config is None:
-        config = read_json(path / PREPROCESSOR)
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: {PREPROCESSOR} says {reprlib.repr(config)}, and should be an object")
-    return from_huggingface(config, _config(path, image_size_of))
+    """Returns what the image processor's config says; where there are two, the newer file has the last word."""
+    file, within = path / PREPROCESSOR, None
+    if (path / PROCESSOR).is_file():
+        within = _said_in(path / PROCESSOR, _image_processor)
+        file = file if within is None else path / PROCESSOR
+    config = _said_in(file, _object) if within is None else within
+    family, image_size = _said_in(path / CONFIG, lambda content: (family_of(content), image_size_of(content)))
+    if not config.keys() & {"image_processor_type", "feature_extractor_type"}:
+        config = config | {"image_processor_type": family.processor}
+    return _said_in(file, lambda _: from_huggingface(config, image_size))
+
+
+def _image_processor(processor: Any) -> dict[str, Any] | None:
+    """Returns what a processor_config.json says of images, None where it leaves that to another file."""
+    config = _object(processor).get("image_processor")
+    return None if config is None else _object(config)
+
+
+def _object(content: Any) -> dict[str, Any]:
+    if not isinstance(content, dict):
+        raise UserError(f"{reprlib.repr(content)} should be an object")
+    return content
 
 
 def _widest(arrays: Mapping[str, np.ndarray]) -> np.dtype:
     """Returns the dtype that holds all floats: `transformers` gives a model only one."""
-    dtypes = {x.dtype for x in arrays.values() if jnp.issubdtype(x.dtype, np.floating)}
+    dtypes = {x.dtype for x in specs_of(arrays).values() if jnp.issubdtype(x.dtype, np.floating)}
     return functools.reduce(jnp.promote_types, dtypes)
 
 
 def _json(content: Any) -> str:
     return json.dumps(content, indent=2) + "\n"
-
-
-def _read_first(folder: Path, names: Sequence[str]) -> tuple[dict[str, np.ndarray], Path]:
-    """Returns the tensors of the first of the files that is there, and the file; of an index, those of its pieces."""
-    file = next((folder / name for name in names if (folder / name).is_file()), None)
-    if file is None:
-        raise UserError(f"{folder} has no weights: no {', no '.join(names)}")
-    if file.suffix != ".json":
-        return _read_one(file), file
-    pieces = sorted(set(read_json(file)["weight_map"].values()))
-    if absent := [name for name in pieces if not (folder / name).is_file()]:
-        raise UserError(f"{file}: of its {len(pieces)} pieces some are missing: {listed(absent)}")
-    return {name: x for piece in pieces for name, x in _read_one(folder / piece).items()}, file
-
-
-def _read_one(file: Path) -> dict[str, np.ndarray]:
-    return read_safetensors(file) if file.suffix == ".safetensors" else archive.read(file)
-
-
-def _write_folder(path: Path, texts: Mapping[str, str], tensors: Mapping[str, np.ndarray]) -> None:
-    """Writes a folder whose config is the first of the texts, and whose weights are called `TENSORS`."""
-    config = next(iter(texts))
-    if path.exists() and not (path.is_dir() and (is_folder(path) or not any(path.iterdir()))):
-        raise UserError(f"{path} holds something other than a model in this format; choose another folder")
-    with contextlib.ExitStack() as stack:
-        for name, text in texts.items():
-            stack.enter_context(whole(path / name)).write_text(text, encoding="utf-8")
-        file = stack.enter_context(whole(path / TENSORS))
-        in_order = {name: np.ascontiguousarray(x).reshape(x.shape) for name, x in tensors.items()}
-        safetensors.numpy.save_file(in_order, file, metadata={"format": "pt"})
-        (path / config).unlink(missing_ok=True)

@@ -38,6 +38,7 @@ class Family:
 
     model: str  # the class
     model_type: str  # its name in a config
+    processor: str  # of its images, where a config does not name the class
     image: dict[str, Any]
     text: dict[str, Any]
     text_pools: tuple[str, ...]
@@ -49,6 +50,7 @@ class Family:
 CLIP = Family(
     "CLIPModel",
     "clip",
+    "CLIPImageProcessor",
     image={"kind": "vit", "pool": "class", "class_token": True, "pre_norm": True, "norm_after_pool": False}
     | {"patch_bias": False, "projection": True},
     text={"causal": True, "projection": True, "projection_bias": False},
@@ -63,6 +65,7 @@ CLIP = Family(
 SIGLIP = Family(
     "SiglipModel",
     "siglip",
+    "SiglipImageProcessor",
     image={"kind": "vit", "pool": "map", "class_token": False, "pre_norm": False, "norm_after_pool": False}
     | {"patch_bias": True, "projection": False},
     text={"causal": False, "projection": True, "projection_bias": True},
