@@ -170,7 +170,7 @@ class ImagePreprocess:
         pixels_BHWC = np.zeros((len(images), size, size, 3), np.uint8)
         for i, one in enumerate(images):
             try:
-                pixels_BHWC[i] = evaluation_crop(one, size)
+                pixels_BHWC[i] = evaluation_crop(one, size, self.architecture.preprocess)
             except (OSError, ValueError) as error:  # PIL reads an image only when it is asked for its pixels
                 raise UserError(f"image {i} cannot be prepared: {error}") from error
         batch_BHWC = normalise_pixels(pixels_BHWC, self.architecture.preprocess)

@@ -45,6 +45,7 @@ class Bundle:
     origin: str  # where the weights come from
     tokenizer: str | None = None  # what its tokenizer.json says, where `architecture.tokenize.kind` is "file"
     results: Path | None = None  # where their evaluations go unless told otherwise; None: they are no run's
+    resize_kernel: str = "bicubic_antialias"  # by which their family resizes an image's positions: weights/resize.py
 
 
 def variant_of(architecture: Architecture, otherwise: str) -> str:

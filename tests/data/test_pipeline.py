@@ -12,6 +12,7 @@ from absl import flags
 from PIL import Image
 
 from clip_jax import tokenizer
+from clip_jax.architecture import Preprocess
 from clip_jax.data.pipeline import Order, TrainingPairs, evaluation_batches, randomness, training_batches
 from clip_jax.data.sources import Record, open_source
 from clip_jax.errors import UserError
@@ -53,6 +54,7 @@ def pairs_of(source, *, seed: int = 0, rows=range(GLOBAL), first: int = 0, steps
         global_batch=GLOBAL,
         rows=rows,
         image_size=8,
+        preprocess=Preprocess(),
         context_length=10,
         crop_scale=(0.3, 1.0),
     )
@@ -198,7 +200,7 @@ def test_an_image_that_cannot_be_decoded_is_a_black_pair_that_is_not_valid_and_a
 
 def test_evaluation_reads_every_record_once_in_order():
     source = Memory(10)
-    batches = list(evaluation_batches(source, image_size=8, batch=4))
+    batches = list(evaluation_batches(source, image_size=8, preprocess=Preprocess(), batch=4))
     assert [images.shape for images, _ in batches] == [(4, 8, 8, 3), (4, 8, 8, 3), (2, 8, 8, 3)]
     assert [record for _, part in batches for record in part] == [source[i] for i in range(10)]
     assert all(image.any() for images, _ in batches for image in images)
@@ -206,11 +208,13 @@ def test_evaluation_reads_every_record_once_in_order():
 
 @pytest.mark.parametrize("batch", [1, 3, 10, 64])
 def test_evaluation_does_not_depend_on_the_batch(batch):
-    found = [images for images, _ in evaluation_batches(Memory(10), image_size=8, batch=batch)]
-    reference = [images for images, _ in evaluation_batches(Memory(10), image_size=8, batch=10)]
+    found = [images for images, _ in evaluation_batches(Memory(10), image_size=8, preprocess=Preprocess(), batch=batch)]
+    reference = [
+        images for images, _ in evaluation_batches(Memory(10), image_size=8, preprocess=Preprocess(), batch=10)
+    ]
     np.testing.assert_array_equal(np.concatenate(found), np.concatenate(reference))
 
 
 def test_evaluation_of_an_image_that_cannot_be_read_names_it():
     with pytest.raises(UserError, match="image 6 of memory:train cannot be read"):
-        list(evaluation_batches(Memory(10, damaged=(6,)), image_size=8, batch=4))
+        list(evaluation_batches(Memory(10, damaged=(6,)), image_size=8, preprocess=Preprocess(), batch=4))
