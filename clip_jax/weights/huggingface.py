@@ -9,6 +9,7 @@ FOLDER/tokenizer.json …          the tokenizer
 import dataclasses
 import functools
 import json
+import os
 import re
 import reprlib
 from collections.abc import Callable, Mapping
@@ -132,7 +133,8 @@ def read(path: Path, dtype: DType | None = None) -> Bundle:
         arrays = import_tensors(RULES[family.model_type], weights, shapes, dtype)
     except UserError as error:
         raise UserError(f"{path}: {CONFIG} and {file.name} disagree: {error}") from error
-    return Bundle(architecture, arrays, variant_of(architecture, path.name), str(path), tokenizer)
+    variant = variant_of(architecture, path.name)
+    return Bundle(architecture, arrays, variant, str(path), tokenizer, resize_kernel="bicubic")
 
 
 def write(path: Path, bundle: Bundle) -> None:
@@ -143,7 +145,9 @@ def write(path: Path, bundle: Bundle) -> None:
     Raises:
         UserError: what the format cannot hold, all of it; a folder that holds anything else, or cannot be written.
     """
-    architecture = bundle.architecture
+    architecture, replaces = bundle.architecture, is_folder(path)
+    if not replaces and os.path.lexists(path / CONFIG):
+        raise UserError(f"{path} holds something other than a model in this format; choose another folder")
     try:
         config, preprocessor, tokenizer = all_of(
             lambda: config_of(architecture),
@@ -155,7 +159,7 @@ def write(path: Path, bundle: Bundle) -> None:
     config["torch_dtype"] = str(_widest(bundle.arrays))
     texts = {CONFIG: _json(config)} | dict.fromkeys(COMPANIONS) | {PREPROCESSOR: _json(preprocessor)} | tokenizer
     tensors = export_tensors(RULES[config["model_type"]], bundle.arrays)
-    folder.write(path, texts, TENSORS, tensors, replaces=is_folder(path))
+    folder.write(path, texts, TENSORS, tensors, replaces=replaces)
 
 
 def _said_in(file: Path, understand: Callable[[Any], Any]) -> Any:
@@ -169,10 +173,8 @@ def _said_in(file: Path, understand: Callable[[Any], Any]) -> Any:
 
 def _preprocess(path: Path) -> Preprocess:
     """Returns what the image processor's config says; where there are two, the newer file has the last word."""
-    file, within = path / PREPROCESSOR, None
-    if (path / PROCESSOR).is_file():
-        within = _said_in(path / PROCESSOR, _image_processor)
-        file = file if within is None else path / PROCESSOR
+    within = _said_in(path / PROCESSOR, _image_processor) if (path / PROCESSOR).is_file() else None
+    file = path / (PREPROCESSOR if within is None else PROCESSOR)
     config = _said_in(file, _object) if within is None else within
     family, image_size = _said_in(path / CONFIG, lambda content: (family_of(content), image_size_of(content)))
     if not config.keys() & {"image_processor_type", "feature_extractor_type"}:
