@@ -23,6 +23,7 @@ CLIP = Architecture(
     ViTTower(34, 8, 48, 3, 4, 104, "gelu", 1e-4),  # 2 pixels are not seen
     TextTower(20, 300, 36, 2, 3, 88, "gelu_tanh", 1e-6, pool="eos", eos_id=150),
     HUGGINGFACE_PREPROCESS,
+    Tokenize("file", clean="none", pad_id=1),
 )
 OPENAI_LIKE = Architecture(
     64, ViTTower(32, 8, 128, 2, 2, 512), TextTower(16, 49408, 64, 2, 1, 256), HUGGINGFACE_PREPROCESS
@@ -35,7 +36,7 @@ SIGLIP = Architecture(
     ),
     TextTower(12, 200, 32, 3, 2, 72, "gelu", 1e-5, causal=False, pool="last", projection_bias=True),
     SIGLIP_PREPROCESS,
-    Tokenize("file", clean="canonicalize", pad_id=1),
+    Tokenize("file", clean="none", pad_id=1),
     logit_bias=True,
 )
 
@@ -75,9 +76,8 @@ def save(model: Any, architecture: Architecture, path: Path, **options: Any) -> 
     model.save_pretrained(path, **options)
     size = architecture.image.image_size
     (path / "preprocessor_config.json").write_text(json.dumps(to_huggingface(architecture.preprocess, size)))
-    for name, text in tokenizer_files.files(bundle_of(architecture), "huggingface").items():
-        if text is not None:
-            (path / name).write_text(text, encoding="utf-8")
+    for name, content in tokenizer_files.files(bundle_of(architecture), "huggingface").items():
+        (path / name).write_bytes(content)
     return path
 
 
@@ -91,10 +91,12 @@ def _tokenizer() -> str:
     """Returns the tokenizer.json of a tokenizer of a few words."""
     import tokenizers
 
-    words = ["<pad>", "</s>", "<unk>", "a", "photo", "of", "cat", "dog"]
-    model = tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
-    tokenizer = tokenizers.Tokenizer(model)
+    words = ["<unk>", "<pad>", "a", "photo", "of", "cat", "dog"]
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
+    )
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(["<unk>", "<pad>"])
     return tokenizer.to_str()
 
 

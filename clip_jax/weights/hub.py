@@ -11,6 +11,7 @@ from pathlib import Path
 
 from clip_jax.errors import UserError
 from clip_jax.weights.download import reason_of
+from clip_jax.weights.tokenizer_classes import CLASSES
 
 PREFIX = "hf://"
 TIMEOUT = 10  # seconds for an answer
@@ -27,8 +28,8 @@ MODELS = (
 PIECES = {"model.safetensors.index.json": "model-*.safetensors", "pytorch_model.bin.index.json": "pytorch_model-*.bin"}
 COMPANIONS = (
     *("preprocessor_config.json", "processor_config.json"),
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "merges.txt", "vocab.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *sorted({name for known in CLASSES.values() for name in known.vocab_files}),
 )
 
 

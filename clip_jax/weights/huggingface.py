@@ -157,9 +157,9 @@ def write(path: Path, bundle: Bundle) -> None:
     except UserError as error:
         raise UserError(f"{bundle.variant}: {error}") from error
     config["torch_dtype"] = str(_widest(bundle.arrays))
-    texts = {CONFIG: _json(config)} | dict.fromkeys(COMPANIONS) | {PREPROCESSOR: _json(preprocessor)} | tokenizer
+    files = {CONFIG: _json(config)} | dict.fromkeys(COMPANIONS) | {PREPROCESSOR: _json(preprocessor)} | tokenizer
     tensors = export_tensors(RULES[config["model_type"]], bundle.arrays)
-    folder.write(path, texts, TENSORS, tensors, replaces=replaces)
+    folder.write(path, files, TENSORS, tensors, replaces=replaces)
 
 
 def _said_in(file: Path, understand: Callable[[Any], Any]) -> Any:

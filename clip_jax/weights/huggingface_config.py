@@ -118,7 +118,7 @@ def architecture_of(config: Any) -> Architecture:
     embed_dim, image_tower, text_tower, _ = all_of(
         lambda: _embed_dim(config, text, family),
         lambda: ViTTower(**_values(image, "vision_config.", IMAGE), **family.image),
-        lambda: TextTower(**_values(text, "text_config.", TEXT), **_text_pool(text, family), **family.text),
+        lambda: _text_tower(text, family),
         lambda: _check_required(config, image),
     )
     return Architecture(embed_dim, image_tower, text_tower, logit_bias=family.logit_bias)
@@ -143,7 +143,9 @@ def config_of(architecture: Architecture) -> dict[str, Any]:
     losses = {family.model_type: _lost(architecture, family) for family in FAMILIES.values()}
     family = FAMILIES[min(losses, key=lambda name: len(losses[name]))]
     if lost := losses[family.model_type]:
-        raise UserError(f"Hugging Face's {family.model} cannot hold it: {'; '.join(lost)}; choose another format")
+        raise UserError(
+            f"Hugging Face's {family.model} cannot hold it, it would compute {'; '.join(lost)}; choose another format"
+        )
     image, text, embed_dim = architecture.image, architecture.text, architecture.embed_dim
     vision_config = {theirs: _their_word(getattr(image, ours)) for ours, theirs in IMAGE.items()}
     text_config = {theirs: _their_word(getattr(text, ours)) for ours, theirs in TEXT.items()}
@@ -205,6 +207,11 @@ def _embed_dim(config: dict[str, Any], text: dict[str, Any], family: Family) -> 
     if family is CLIP:
         return _value({"projection_dim": CLIP_PROJECTION_DIM} | config, "", "projection_dim")
     return _value(text, "text_config.", "hidden_size" if text["projection_size"] is None else "projection_size")
+
+
+def _text_tower(text: dict[str, Any], family: Family) -> TextTower:
+    fields, pool = all_of(lambda: _values(text, "text_config.", TEXT), lambda: _text_pool(text, family))
+    return TextTower(**fields, **pool, **family.text)
 
 
 def _text_pool(text: dict[str, Any], family: Family) -> dict[str, Any]:

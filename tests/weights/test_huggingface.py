@@ -13,10 +13,11 @@ from huggingface_models import CLIP, OPENAI_LIKE, SIGLIP, bundle_of, config, inp
 from oracles import require, transformers
 from safetensors.numpy import load_file, save_file
 
-from clip_jax.architecture import Preprocess, Tokenize
+from clip_jax.architecture import Architecture, Preprocess, Tokenize
 from clip_jax.errors import UserError
 from clip_jax.models.clip import Definition
 from clip_jax.models.variants import VARIANTS
+from clip_jax.tokenizer import make
 from clip_jax.weights import huggingface, openai
 from clip_jax.weights.bundle import Bundle, write_folder
 from clip_jax.weights.huggingface_config import architecture_of, config_of
@@ -66,6 +67,14 @@ def folder(family, saved, tmp_path) -> Path:
 def change(file: Path, **changes) -> None:
     """Sets keys of a file of JSON."""
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def with_zeros(architecture: Architecture) -> Bundle:
+    """Returns a model whose weights are zero."""
+    shapes = flatten(Definition(architecture).shapes())
+    return dataclasses.replace(
+        bundle_of(architecture), arrays={path: np.zeros(x.shape, x.dtype) for path, x in shapes.items()}
+    )
 
 
 def equal(found: Bundle, expected: Bundle) -> bool:
@@ -358,12 +367,22 @@ def test_where_dtypes_are_mixed_the_config_names_one_that_holds_all(saved, tmp_p
     assert load_file(tmp_path / "ours" / "model.safetensors")["visual_projection.weight"].dtype == np.float16
 
 
-def test_their_image_processor_and_config_are_found_by_auto_classes(saved, family, tmp_path):
-    package = transformers()
-    huggingface.write(tmp_path / "ours", huggingface.read(saved[family]))
-    processor = package.AutoImageProcessor.from_pretrained(tmp_path / "ours")
-    assert type(processor).__name__.startswith({"clip": "CLIPImageProcessor", "siglip": "SiglipImageProcessor"}[family])
-    assert package.AutoConfig.from_pretrained(tmp_path / "ours").model_type == family
+@pytest.mark.parametrize("architecture", [CLIP, SIGLIP, OPENAI_LIKE])
+def test_their_processor_finds_tokenizer_and_images_in_a_folder_of_ours_and_we_in_what_it_saves(architecture, tmp_path):
+    huggingface.write(tmp_path / "ours", with_zeros(architecture))
+    processor = transformers().AutoProcessor.from_pretrained(tmp_path / "ours")
+    text = "a photo of a cat"
+    ids = processor(text=[text], padding="max_length", return_tensors="np")["input_ids"]
+    processor.save_pretrained(tmp_path / "theirs")
+    assert not (tmp_path / "theirs" / "preprocessor_config.json").exists()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(tmp_path / "ours" / name, tmp_path / "theirs" / name)
+    back = huggingface.read(tmp_path / "theirs")
+    assert back.architecture == architecture
+    end = len(text.split()) + (2 if architecture.tokenize.kind == "clip" else 0)  # theirs goes on with EOT
+    found = make(architecture.tokenize, back.tokenizer)([text], architecture.text.context_length, False)
+    assert np.array_equal(found[:, :end], ids[:, :end])
+    assert found.shape == ids.shape
 
 
 def test_a_text_tower_with_projection_is_found_in_the_folder(saved, tmp_path):
