@@ -198,8 +198,8 @@ def load(
     Parameters are float32, on `device` ("cpu", "cuda", "tpu" or one of JAX's; None: JAX's first). `dtype` is what is
     computed in, "float32" or "bfloat16"; a `variant` that is given is what the weights must be; `activation`
     ("quick_gelu", "gelu", "gelu_tanh") is computed whatever the weights say of themselves; for another `image_size` or
-    `context_length` than theirs the position embeddings are resized; `download_root` is the folder for downloaded files
-    (else `CLIP_JAX_CACHE`, else ~/.cache/clip; for "hf://" the cache of `huggingface_hub`).
+    `context_length` than theirs the position embeddings are resized; `download_root` is the folder for OpenAI's files
+    (else `CLIP_JAX_CACHE`, else ~/.cache/clip); what comes from a hub is in the cache of `huggingface_hub`.
 
     Raises:
         UserError: nothing of that name, damaged, or not what was asked (lists what differs).

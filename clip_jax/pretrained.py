@@ -148,8 +148,8 @@ def _read(
     if source in RELEASES:
         file = fetch(RELEASES[source], None if download_root is None else Path(download_root))
         return dataclasses.replace(openai.read(file, dtype), variant=str(source), origin=f"openai: {file}")
-    if hub.is_source(source):
-        found = _read_folder(hub.fetch(str(source), download_root), dtype)
+    if str(source).startswith(hub.PREFIX):
+        found = _read_folder(hub.fetch(str(source)), dtype)
         return dataclasses.replace(found, origin=str(source))
     path = _expanded(source)
     if os.path.isfile(path):  # noqa: PTH113 (Path's own fails for a name that is too long)

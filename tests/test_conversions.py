@@ -47,12 +47,6 @@ def vit(tmp_path_factory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def siglip(tmp_path_factory) -> Path:
-    """A small SigLIP in a folder of ours, with the tokenizer that any text makes."""
-    raise NotImplementedError
-
-
 def test_from_openai_to_hugging_face_to_openclip_to_ours_and_back_is_bit_for_bit(vit, tmp_path):
     way = [vit, *(tmp_path / name for name in ("huggingface", "open_clip", "clip_jax")), tmp_path / "openai.pt"]
     for source, target in itertools.pairwise(way):

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from clip_jax.architecture import Architecture
+from clip_jax.architecture import Architecture, Preprocess, Tokenize
 from clip_jax.config import build
 from clip_jax.errors import UserError
 from clip_jax.files import read_json
@@ -30,6 +30,7 @@ from clip_jax.weights.tensors import read_safetensors
 
 FORMAT = "clip_jax"
 CONFIG, TENSORS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
+RESIZE_KERNELS = ("bicubic_antialias", "bicubic")  # OpenCLIP's and timm's, Hugging Face's: weights/resize.py
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,12 +46,19 @@ class Bundle:
     origin: str  # where the weights come from
     tokenizer: str | None = None  # what its tokenizer.json says, where `architecture.tokenize.kind` is "file"
     results: Path | None = None  # where their evaluations go unless told otherwise; None: they are no run's
-    resize_kernel: str = "bicubic_antialias"  # by which their family resizes an image's positions: weights/resize.py
+    resize_kernel: str = RESIZE_KERNELS[0]  # by which their family resizes an image's positions: weights/resize.py
 
 
 def variant_of(architecture: Architecture, otherwise: str) -> str:
-    """Returns the name that an architecture has in the table of variants, or `otherwise` when it is not there."""
-    return next((name for name, known in VARIANTS.items() if known == architecture), otherwise)
+    """Returns the name that the towers have in the table of variants, or `otherwise` when they are not there.
+
+    How images and texts are prepared comes with the weights, and has no name.
+    """
+
+    def towers(named: Architecture) -> Architecture:
+        return dataclasses.replace(named, preprocess=Preprocess(), tokenize=Tokenize())
+
+    return next((name for name, known in VARIANTS.items() if towers(known) == towers(architecture)), otherwise)
 
 
 def is_bundle(path: Path) -> bool:
@@ -87,7 +95,8 @@ def read_folder(path: Path, dtype: DType | None = None) -> Bundle:
         problems.append(str(error))
     if problems:
         raise UserError("; ".join(problems))
-    return Bundle(architecture, arrays, content["variant"], str(path), tokenizer)
+    kernel = content.get("resize_kernel", RESIZE_KERNELS[0])  # older folders have none
+    return Bundle(architecture, arrays, content["variant"], str(path), tokenizer, resize_kernel=kernel)
 
 
 def write_folder(path: Path, bundle: Bundle) -> None:
@@ -104,6 +113,7 @@ def write_folder(path: Path, bundle: Bundle) -> None:
         "format": FORMAT,
         "variant": bundle.variant,
         "architecture": dataclasses.asdict(bundle.architecture),
+        "resize_kernel": bundle.resize_kernel,
     }
     texts = {CONFIG: json.dumps(content, indent=2) + "\n", TOKENIZER: bundle.tokenizer}
     folder.write(path, texts, TENSORS, bundle.arrays, replaces=True)
@@ -118,6 +128,9 @@ def _read_config(path: Path) -> dict[str, Any]:
     for name, kind in (("variant", str), ("architecture", dict)):
         if not isinstance(content.get(name), kind):
             raise UserError(f"{path}: {name}={reprlib.repr(content.get(name))} should be {kind.__name__}")
+    if content.get("resize_kernel", RESIZE_KERNELS[0]) not in RESIZE_KERNELS:
+        found = reprlib.repr(content["resize_kernel"])
+        raise UserError(f"{path}: resize_kernel={found} is not one of {', '.join(RESIZE_KERNELS)}")
     return content
 
 

@@ -9,7 +9,7 @@ import functools
 import reprlib
 from typing import Any
 
-from clip_jax.architecture import Architecture, TextTower, ViTTower
+from clip_jax.architecture import Architecture, ResNetTower, TextTower, ViTTower
 from clip_jax.config import leaves
 from clip_jax.errors import UserError, all_of
 from clip_jax.tokenizer import SOT
@@ -140,6 +140,8 @@ def config_of(architecture: Architecture) -> dict[str, Any]:
     Raises:
         UserError: neither family can hold it; says all that the nearer one would take for something else.
     """
+    if isinstance(architecture.image, ResNetTower):
+        raise UserError("Hugging Face has no CLIP whose image tower is a ResNet; choose another format")
     losses = {family.model_type: _lost(architecture, family) for family in FAMILIES.values()}
     family = FAMILIES[min(losses, key=lambda name: len(losses[name]))]
     if lost := losses[family.model_type]:

@@ -9,7 +9,7 @@ import functools
 import importlib
 import importlib.util
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -51,7 +51,7 @@ class Peer(NamedTuple):
     packages: str  # as pip names them
     load_packages: Callable[[], Any]  # raises UserError where they are missing
     load: Callable[[Path], Any]  # a model of PyTorch's that computes in float32
-    blocks: Callable[[Any], tuple[Sequence[Any], Sequence[Any]]]  # of the image tower, of the text tower
+    blocks: Callable[[Any], tuple[Iterable[Any], Iterable[Any]]]  # of the image tower, of the text tower
     run: Callable[[Any, Any, Any], tuple[Any, Any, Any]]  # image features, text features, logits per image
     first_is_position: bool = False  # whether states are [L B D]
 
@@ -191,7 +191,7 @@ def _load_openai(path: Path) -> Any:
     return model
 
 
-def _openai_blocks(model: Any) -> tuple[Sequence[Any], Sequence[Any]]:
+def _openai_blocks(model: Any) -> tuple[Iterable[Any], Iterable[Any]]:
     visual = model.visual
     if hasattr(visual, "trunk"):  # OpenCLIP's, of timm
         image = visual.trunk.blocks
@@ -226,7 +226,7 @@ def _load_huggingface(path: Path) -> Any:
     return transformers.AutoModel.from_pretrained(path, local_files_only=True).float().eval()
 
 
-def _huggingface_blocks(model: Any) -> tuple[Sequence[Any], Sequence[Any]]:
+def _huggingface_blocks(model: Any) -> tuple[Iterable[Any], Iterable[Any]]:
     return model.vision_model.encoder.layers, model.text_model.encoder.layers
 
 
