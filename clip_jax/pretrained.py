@@ -18,6 +18,7 @@ import rich.console
 from clip_jax.architecture import ACTIVATIONS, Architecture, ResNetTower
 from clip_jax.config import ModelConfig, leaves
 from clip_jax.errors import UserError, nearest
+from clip_jax.files import read_json
 from clip_jax.models.clip import Definition
 from clip_jax.models.variants import architecture
 from clip_jax.weights import bundle, hub, huggingface, open_clip, openai, parity
@@ -26,13 +27,6 @@ from clip_jax.weights.download import RELEASES, fetch
 from clip_jax.weights.mapping import DType, flatten
 from clip_jax.weights.resize import resize
 from clip_jax.workdir import Workdir
-
-
-class FolderFormat(NamedTuple):
-    """A format whose models are folders; a folder is of the first that recognises it."""
-
-    is_folder: Callable[[Path], bool]
-    read: Callable[[Path, DType | None], Bundle]
 
 
 class Asked(NamedTuple):
@@ -163,17 +157,19 @@ def _read(
 
 
 def _read_folder(path: Path, dtype: DType | None) -> Bundle:
-    """Returns the model of a folder, by the first format that recognises it."""
-    for format_ in FOLDERS.values():
-        if format_.is_folder(path):
-            return format_.read(path, dtype)
+    """Returns the model of a folder: OpenCLIP's by its own config, others by what their config.json has."""
+    if open_clip.is_folder(path):
+        return open_clip.read(path, dtype)
     file = path / bundle.CONFIG
     if not os.path.lexists(file):
         raise UserError(
             f"{path} is not a run's folder, nor a model's: it has no {bundle.CONFIG} and no {open_clip.CONFIG}; "
             "choose another folder"
         )
-    bundle.read_json(file)  # which may have more to say
+    content = read_json(file)
+    for field, reader in READERS.items():
+        if isinstance(content, dict) and field in content:
+            return reader(path, dtype)
     raise UserError(
         f"{file} should have 'format', as a model's folder of ours, 'model_type', as Hugging Face's, or 'config', as a "
         "run's; choose another folder"
@@ -215,15 +211,6 @@ def _expanded(path: str | os.PathLike) -> Path:
     return Path(os.path.expanduser(path))  # noqa: PTH111 (Path's own fails for a user that there is not)
 
 
-def _is_run(path: Path) -> bool:
-    """Returns whether the folder's config.json is a run's."""
-    try:
-        content = bundle.read_json(path / bundle.CONFIG)
-    except UserError:
-        return False
-    return isinstance(content, dict) and "config" in content
-
-
 def _read_run(path: Path, dtype: DType | None) -> Bundle:
     """Returns what the latest checkpoint of a run holds; `dtype` is float32, which a run's weights are."""
     from clip_jax.training.checkpoint import Checkpoints
@@ -244,12 +231,7 @@ def _read_run(path: Path, dtype: DType | None) -> Bundle:
     return Bundle(architecture, arrays, workdir.variant(), origin, results=workdir.evaluation(step))
 
 
-FOLDERS = {
-    "open_clip": FolderFormat(open_clip.is_folder, open_clip.read),
-    "huggingface": FolderFormat(huggingface.is_folder, huggingface.read),
-    "clip_jax": FolderFormat(bundle.is_bundle, bundle.read_folder),
-    "run": FolderFormat(_is_run, _read_run),
-}
+READERS = {"format": bundle.read_folder, "model_type": huggingface.read, "config": _read_run}  # by config.json's fields
 WRITERS = {
     "openai": openai.write,
     "open_clip": open_clip.write,

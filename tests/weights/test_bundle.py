@@ -97,7 +97,7 @@ def test_other_readers_of_safetensors_see_our_paths(tmp_path):
 def test_the_config_says_whose_weights_they_are(tmp_path):
     write_folder(tmp_path, some_bundle(VARIANTS[SMALL]))
     content = json.loads((tmp_path / "config.json").read_text())
-    assert content.keys() == {"format", "variant", "architecture"}
+    assert content.keys() == {"format", "variant", "architecture", "resize_kernel"}
     assert (content["format"], content["variant"]) == ("clip_jax", SMALL)
     assert content["architecture"]["image"]["patch_size"] == 4
 
@@ -287,3 +287,13 @@ def test_a_folder_can_be_written_over_with_what_is_read_from_it(tmp_path):
     write_folder(tmp_path, some_bundle())
     write_folder(tmp_path, read_folder(tmp_path))
     assert_same(read_folder(tmp_path), some_bundle())
+
+
+def test_the_familys_way_to_resize_positions_is_kept_and_an_older_folder_has_openclips(tmp_path):
+    write_folder(tmp_path, dataclasses.replace(some_bundle(VARIANTS[SMALL]), resize_kernel="bicubic"))
+    assert read_folder(tmp_path).resize_kernel == "bicubic"
+    change(tmp_path, resize_kernel=None)
+    assert read_folder(tmp_path).resize_kernel == "bicubic_antialias"
+    change(tmp_path, resize_kernel=["bicubic"])
+    with pytest.raises(UserError, match=r"resize_kernel=\['bicubic'\] is not one of bicubic_antialias, bicubic"):
+        read_folder(tmp_path)
