@@ -2,27 +2,46 @@
 
 import dataclasses
 import itertools
+import warnings
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from oracles import open_clip, openai_clip, transformers
+import tokenizers
+from oracles import open_clip, openai_clip, require, transformers
+from PIL import Image
 
 import clip_jax
 from clip_jax import pretrained
-from clip_jax.architecture import Architecture, ResNetTower, TextTower, ViTTower
+from clip_jax.architecture import Architecture, ResNetTower, TextTower, Tokenize, ViTTower
 from clip_jax.errors import UserError
 from clip_jax.models import variants
 from clip_jax.models.clip import Definition
 from clip_jax.pretrained import Asked, convert, read
 from clip_jax.weights import archive, openai, parity
-from clip_jax.weights.bundle import Bundle
+from clip_jax.weights.bundle import Bundle, write_folder
 from clip_jax.weights.mapping import flatten
 
 TEXT = TextTower(77, 49408, width=64, depth=2, num_heads=1, mlp_dim=256)
 VIT = Architecture(32, ViTTower(32, 16, width=128, depth=3, num_heads=2, mlp_dim=512), TEXT)
 RESNET = Architecture(32, ResNetTower(32, width=8, depths=(1, 2, 1, 1), num_heads=4), TEXT)
+SIGLIP = Architecture(
+    48,
+    ViTTower(
+        *(32, 16, 48, 2, 3, 96, "gelu_tanh", 1e-6),
+        pool="map",
+        class_token=False,
+        pre_norm=False,
+        patch_bias=True,
+        projection=False,
+    ),
+    TextTower(16, 100, 32, 2, 2, 64, "gelu_tanh", 1e-6, causal=False, pool="last", projection_bias=True),
+    variants.SIGLIP_PREPROCESS,
+    Tokenize("file", clean="none", pad_id=1),
+    logit_bias=True,
+)
+TEXTS = ["a photo of a cat", "two dogs", "a very long caption that has more words than this model has places for"]
 FORMATS = {"openai": openai_clip, "open_clip": open_clip, "huggingface": transformers}
 
 
@@ -92,6 +111,82 @@ def test_a_wrong_number_is_beyond_the_bar_of_every_peer(vit, tmp_path):
         rows = parity.compare(dataclasses.replace(original, arrays=changed), expected)
         wrong = {row.name for row in rows if not row.holds}
         assert wrong == {"text block 0", "text block 1", "text features", "logits"}
+
+
+# --- SigLIP: a tokenizer of its own, and no mask ---
+
+
+def letters() -> str:
+    """Returns a tokenizer.json that knows letters and some words, and ends a text as SigLIP's does."""
+    pieces = [("<unk>", 0.0), ("</s>", 0.0), ("▁", -3.0), ("▁cat", -1.0), ("▁photo", -1.0)]
+    pieces += [(letter, -4.0) for letter in "abcdefghijklmnopqrstuvwxyz"]
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, unk_id=0))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer.add_special_tokens(["<unk>", "</s>"])
+    return tokenizer.to_str()
+
+
+@pytest.fixture(scope="module")
+def siglip(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("siglip") / "ours"
+    write_folder(path, dataclasses.replace(drawn(SIGLIP, half=False), tokenizer=letters()))
+    return path
+
+
+def test_a_siglip_goes_to_hugging_face_and_back_with_its_tokenizer(siglip, tmp_path):
+    transformers()
+    assert convert(siglip, "huggingface", tmp_path / "theirs", check=True)
+    assert convert(tmp_path / "theirs", "clip_jax", tmp_path / "back", check=True)
+    there, back = read(siglip), read(tmp_path / "back")
+    for path, x in there.arrays.items():
+        assert back.arrays[path].tobytes() == x.tobytes(), path
+    ids = [
+        clip_jax.load(path)[0].tokenize(TEXTS, truncate=True)
+        for path in (siglip, tmp_path / "theirs", tmp_path / "back")
+    ]
+    assert ids[0][0, 5] != ids[0][0, 6] == 1, "it is filled up with the id that ends a text"
+    for found in ids[1:]:
+        np.testing.assert_array_equal(found, ids[0])
+
+
+@pytest.mark.parametrize("target_format", ["openai", "open_clip"])
+def test_a_siglip_that_a_format_cannot_hold_is_refused_with_the_reason_and_nothing_is_written(
+    target_format, siglip, tmp_path
+):
+    words = {"openai": "logit_bias=False for True", "open_clip": "timm"}[target_format]
+    with pytest.raises(UserError, match=words):
+        convert(siglip, target_format, tmp_path / "target")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_model_that_sees_padding_takes_captions_of_its_own_length_alone(siglip):
+    model, _ = clip_jax.load(siglip)
+    tokens = model.tokenize(TEXTS[:2])
+    assert model.encode_text(tokens).shape == (2, 48)
+    with pytest.raises(UserError, match=r"\[2, 15\], not \[n, 16\]: this model sees what stands behind a caption"):
+        model.encode_text(tokens[:, :15])
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_texts_and_pictures_give_the_logits_of_hugging_faces_own_pipeline(kind, vit, siglip, tmp_path):
+    theirs, torch = transformers(), require("torch")
+    convert({"clip": vit, "siglip": siglip}[kind], "huggingface", tmp_path / "model")
+    random = np.random.default_rng(0)
+    pictures = [Image.fromarray(random.integers(0, 256, (h, w, 3), np.uint8)) for h, w in ((40, 51), (64, 33))]
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        words = theirs.AutoTokenizer.from_pretrained(tmp_path / "model")(
+            TEXTS, padding="max_length", truncation=True, return_tensors="pt", max_length=16 if kind == "siglip" else 77
+        )
+        pixels = theirs.AutoImageProcessor.from_pretrained(tmp_path / "model", backend="pil")(
+            pictures, return_tensors="pt"
+        )
+        peer = theirs.AutoModel.from_pretrained(tmp_path / "model").float().eval()
+        expected = peer(input_ids=words.input_ids, pixel_values=pixels.pixel_values).logits_per_image.numpy()
+    model, preprocess = clip_jax.load(tmp_path / "model")
+    found, _ = model(preprocess(pictures), model.tokenize(TEXTS, truncate=True))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
 # --- what the user wants of the weights ---
