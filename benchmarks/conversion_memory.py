@@ -126,7 +126,7 @@ def watched(command: list[str], target: Path, size: int, name: str, console: ric
     return json.loads(output.splitlines()[-1])
 
 
-def measured(variant: str, convert: str, source: str, target: str) -> list[float]:
+def measured(variant: str, convert: str, source: str | Path, target: str | Path) -> list[float]:
     """Returns the most memory that this process ever has, and had before, in bytes, and the conversion's seconds."""
     before, start = peak_memory(), time.perf_counter()
     globals()[convert](variant, Path(source), Path(target))

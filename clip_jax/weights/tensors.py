@@ -7,10 +7,11 @@ takes memory for the whole.
 import json
 import mmap
 import os
+import re
 import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
@@ -121,10 +122,14 @@ def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, x in tensors.items():
             file.seek(8 + len(text) + places[name])
-            for piece in raw(x):
-                file.write(piece)
-            give_back(x)
+            _write(file, x)
             del x  # else it would be there until the next one is
+
+
+def _write(file: BinaryIO, x: np.ndarray) -> None:
+    for piece in raw(x):
+        file.write(piece)
+    give_back(x)
 
 
 def _read_shards(index: Path) -> dict[str, np.ndarray]:
@@ -153,6 +158,6 @@ def _read_shards(index: Path) -> dict[str, np.ndarray]:
 def _inside(folder: Path, file: str) -> Path:
     """Returns the path of a file that an index names, which is in the index's folder."""
     name = PurePosixPath(file)
-    if name.is_absolute() or ".." in name.parts or "\\" in file or not name.parts:
+    if name.is_absolute() or ".." in name.parts or not name.parts or re.search(r"[\\\0]", file):
         raise UserError(f"it names the file {reprlib.repr(file)}, which leads out of the folder")
     return folder / name
