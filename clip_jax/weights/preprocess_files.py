@@ -86,9 +86,8 @@ def from_huggingface(preprocessor_config: Mapping[str, Any], image_size: int) ->
     Raises:
         UserError: a class, steps or values that are not supported, or pixels that are not the model's; all of them.
     """
-    given = {name: value for name, value in preprocessor_config.items() if value is not None}
-    kind = _class_of(given)
-    given = PROCESSORS[kind] | given
+    kind = _class_of(preprocessor_config)
+    given = PROCESSORS[kind] | dict(preprocessor_config)  # null is no default: theirs takes it for false
     fields = {
         "steps": lambda: _check_steps(given),
         "mean": lambda: _colour(given, "image_mean"),
@@ -136,7 +135,7 @@ def to_huggingface(preprocess: Preprocess, image_size: int) -> dict[str, Any]:
 
 def _class_of(config: Mapping[str, Any]) -> str:
     """Returns the name in `PROCESSORS` of the class that a config names, as it was spelled over the years."""
-    name = config.get("image_processor_type", config.get("feature_extractor_type", "CLIPImageProcessor"))
+    name = config.get("image_processor_type") or config.get("feature_extractor_type") or "CLIPImageProcessor"
     found = str(name).replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast").removesuffix("Pil")
     if found not in PROCESSORS:
         raise UserError(
@@ -150,7 +149,7 @@ def _check_steps(config: Mapping[str, Any]) -> None:
     wrong = [
         f"{name}={reprlib.repr(config[name])} should be {wanted}"
         for name, wanted in STEPS.items()
-        if config.get(name, wanted) != wanted
+        if bool(config.get(name, wanted)) != wanted
     ]
     factor = config.get("rescale_factor", RESCALE_FACTOR)
     if not (_is_number(factor) and math.isclose(factor, RESCALE_FACTOR, rel_tol=1e-6)):

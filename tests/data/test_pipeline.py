@@ -15,6 +15,7 @@ from clip_jax import tokenizer
 from clip_jax.architecture import Preprocess
 from clip_jax.data.pipeline import Order, TrainingPairs, evaluation_batches, randomness, training_batches
 from clip_jax.data.sources import Record, open_source
+from clip_jax.data.transforms import random_crop
 from clip_jax.errors import UserError
 from clip_jax.typing import Batch
 
@@ -193,6 +194,19 @@ def test_an_image_that_cannot_be_decoded_is_a_black_pair_that_is_not_valid_and_a
         np.testing.assert_array_equal(batch.valid, ~bad)
         np.testing.assert_array_equal(batch.tokens, whole.tokens)
         np.testing.assert_array_equal(batch.image, np.where(bad[:, None, None, None], 0, whole.image))
+
+
+def test_training_crops_as_the_models_preprocessing_says():
+    source, way = Memory(20), Preprocess(interpolation="bilinear")
+    pairs = dataclasses.replace(pairs_of(source), preprocess=way)
+    for i in range(5):
+        epoch, index = pairs.order[i]
+        random = randomness(pairs.order.seed, epoch, index)
+        random.integers(3)  # the caption
+        image = Image.open(io.BytesIO(source[index].image))
+        expected = random_crop(image, 8, way, scale=pairs.crop_scale, random=random)
+        np.testing.assert_array_equal(pairs[i].image, expected)
+        assert (pairs[i].image != pairs_of(source)[i].image).any()
 
 
 # --- evaluation ---

@@ -87,6 +87,14 @@ def test_scale_one_of_a_square_is_the_whole_image_resized():
     np.testing.assert_array_equal(found, np.asarray(image.resize((16, 16), Image.Resampling.BICUBIC)))
 
 
+def test_a_random_crop_is_made_with_the_models_interpolation_on_its_background():
+    image, every = picture(np.random.default_rng(1), 50, 50, "RGBA"), {"scale": (1.0, 1.0)}
+    for preprocess in (Preprocess(interpolation="bilinear"), Preprocess(interpolation="bilinear", rgb_first=True)):
+        found = transforms.random_crop(image, 16, preprocess, random=np.random.default_rng(0), **every)
+        rgb = transforms.on_white(image) if preprocess.rgb_first else image.convert("RGB")
+        np.testing.assert_array_equal(found, np.asarray(rgb.resize((16, 16), Image.Resampling.BILINEAR)))
+
+
 def test_the_same_stream_gives_the_same_crop():
     image = picture(np.random.default_rng(2), 60, 40)
     one, again, other = (
