@@ -1,8 +1,10 @@
-"""Converts weights: python convert_weights.py --source=NAME|PATH --format=openai|clip_jax --target=PATH [--check]
+"""Converts weights: python convert_weights.py --source=NAME|PATH|hf://ORG/REPO --format=FORMAT --target=PATH [--check]
 
-The source is a name of clip_jax.available_models(), a file of OpenAI's, a folder of ours, or the workdir of a run. With
---check the result is compared with what OpenAI's own code computes from the same weights, and the exit code is 1 when
-they differ.
+FORMAT is openai (a .pt file), open_clip, huggingface or clip_jax (folders). The source is a name of
+clip_jax.available_models(), a file of OpenAI's, a folder of any of these formats, a repository of the Hugging Face hub,
+or the workdir of a run; or a lone state dict whose --variant is told. --image_size and --context_length resize position
+embeddings. With --check the result is compared with what the other project's own code computes from it, block by
+block, and the exit code is 1 when they differ.
 """
 
 import sys
@@ -12,17 +14,22 @@ from absl import flags
 
 from clip_jax import command
 
-SOURCE = flags.DEFINE_string("source", None, "a name, a file, a folder or the workdir of a run")
-FORMAT = flags.DEFINE_string("format", None, "openai (a .pt file) or clip_jax (a folder)")
+SOURCE = flags.DEFINE_string("source", None, "a name, a file, a folder, hf://org/repo[@revision] or a run's folder")
+FORMAT = flags.DEFINE_string("format", None, "openai (a .pt file), open_clip, huggingface or clip_jax (folders)")
 TARGET = flags.DEFINE_string("target", None, "the file or folder to write")
-CHECK = flags.DEFINE_bool("check", False, "compare with OpenAI's code; needs PyTorch")
+VARIANT = flags.DEFINE_string("variant", None, "what the weights must be; needed for a lone state dict")
+ACTIVATION = flags.DEFINE_string("activation", None, "computed whatever the weights say: quick_gelu, gelu or gelu_tanh")
+IMAGE_SIZE = flags.DEFINE_integer("image_size", None, "for images of another size; position embeddings are resized")
+CONTEXT_LENGTH = flags.DEFINE_integer("context_length", None, "for captions of another length; likewise")
+CHECK = flags.DEFINE_bool("check", False, "compare with the other project's code; needs PyTorch")
 
 
 def main() -> None:
-    from clip_jax.pretrained import convert
+    from clip_jax.pretrained import Asked, convert
 
     command.require("source", "format", "target")
-    if not convert(SOURCE.value, FORMAT.value, Path(TARGET.value), check=CHECK.value):
+    asked = Asked(VARIANT.value, ACTIVATION.value, IMAGE_SIZE.value, CONTEXT_LENGTH.value)
+    if not convert(SOURCE.value, FORMAT.value, Path(TARGET.value), asked, check=CHECK.value):
         sys.exit(1)
 
 

@@ -14,16 +14,14 @@ from PIL import Image
 from clip_jax import compiled, tokenizer
 from clip_jax.architecture import Architecture
 from clip_jax.compiled import Placed
-from clip_jax.config import COMPUTE_DTYPES, ModelConfig, leaves
+from clip_jax.config import COMPUTE_DTYPES
 from clip_jax.data.transforms import evaluation_crop
 from clip_jax.errors import UserError
 from clip_jax.models.clip import Definition, Weights, normalise_pixels
 from clip_jax.models.layers import Array
 from clip_jax.models.text import pooled_at
-from clip_jax.models.variants import architecture
-from clip_jax.pretrained import read
+from clip_jax.pretrained import Asked, read
 from clip_jax.typing import Float, Int
-from clip_jax.weights.bundle import Bundle
 from clip_jax.weights.download import RELEASES
 
 LEAST_LOGITS = 128  # rows and columns that logits are compiled for; then the powers of two above
@@ -170,7 +168,7 @@ class ImagePreprocess:
         pixels_BHWC = np.zeros((len(images), size, size, 3), np.uint8)
         for i, one in enumerate(images):
             try:
-                pixels_BHWC[i] = evaluation_crop(one, size)
+                pixels_BHWC[i] = evaluation_crop(one, size, self.architecture.preprocess)
             except (OSError, ValueError) as error:  # PIL reads an image only when it is asked for its pixels
                 raise UserError(f"image {i} cannot be prepared: {error}") from error
         batch_BHWC = normalise_pixels(pixels_BHWC, self.architecture.preprocess)
@@ -187,15 +185,21 @@ def load(
     device: str | jax.Device | None = None,
     *,
     variant: str | None = None,
+    activation: str | None = None,
+    image_size: int | None = None,
+    context_length: int | None = None,
     dtype: str = "float32",
     download_root: str | os.PathLike | None = None,
 ) -> tuple[Model, ImagePreprocess]:
-    """Returns (model, preprocess) of a name of `available_models()`, a file of OpenAI's, a folder that
-    `convert_weights.py` wrote, or the workdir of a run (its latest checkpoint).
+    """Returns (model, preprocess) of a name of `available_models()`, a file of OpenAI's, a folder of OpenCLIP's or
+    Hugging Face's or one that `convert_weights.py` wrote, "hf://org/repo[@revision]", the workdir of a run (its latest
+    checkpoint), or a lone state dict whose `variant` is told.
 
     Parameters are float32, on `device` ("cpu", "cuda", "tpu" or one of JAX's; None: JAX's first). `dtype` is what is
-    computed in, "float32" or "bfloat16"; a `variant` that is given is what the weights must be; `download_root` is the
-    folder for released files (else `CLIP_JAX_CACHE`, else ~/.cache/clip).
+    computed in, "float32" or "bfloat16"; a `variant` that is given is what the weights must be; `activation`
+    ("quick_gelu", "gelu", "gelu_tanh") is computed whatever the weights say of themselves; for another `image_size` or
+    `context_length` than theirs the position embeddings are resized; `download_root` is the folder for OpenAI's files
+    (else `CLIP_JAX_CACHE`, else ~/.cache/clip); what comes from a hub is in the cache of `huggingface_hub`.
 
     Raises:
         UserError: nothing of that name, damaged, or not what was asked (lists what differs).
@@ -203,9 +207,8 @@ def load(
     if dtype not in COMPUTE_DTYPES:
         raise UserError(f"{dtype=} is not one of {', '.join(COMPUTE_DTYPES)}")
     device = _device(device)
-    bundle = read(source, dtype=np.float32, download_root=download_root)
-    if variant is not None:
-        _check_variant(bundle, variant)
+    asked = Asked(variant, activation, image_size, context_length)
+    bundle = read(source, asked, dtype=np.float32, download_root=download_root)
     definition = Definition(bundle.architecture, dtype=dtype)
     placed = compiled.place(bundle.arrays, definition, device)
     model = Model(definition, placed, bundle.variant, bundle.origin, bundle.results)
@@ -221,16 +224,3 @@ def _device(device: str | jax.Device | None) -> jax.Device:
     except RuntimeError as error:
         there = sorted({device.platform for device in jax.devices()} | {"cpu"})
         raise UserError(f"{device=} is not to be had here; there are: {', '.join(there)}") from error
-
-
-def _check_variant(bundle: Bundle, variant: str) -> None:
-    """Raises UserError, with all that differs, when the weights are not those of the variant that was asked for."""
-    asked = {path: value for path, _, value in leaves(architecture(ModelConfig(variant)))}
-    found = {path: value for path, _, value in leaves(bundle.architecture)}
-    differences = [
-        f"{path} is {found.get(path)!r}, not {asked.get(path)!r}"
-        for path in sorted(asked.keys() | found.keys())
-        if asked.get(path) != found.get(path)
-    ]
-    if differences:
-        raise UserError(f"{bundle.origin} is no {variant}: {'; '.join(differences)}")

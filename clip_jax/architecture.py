@@ -186,7 +186,9 @@ class Preprocess:
     resize: str = "shortest"
     interpolation: str = "bicubic"
     fill: int = 0  # the grey around an image whose longest side is resized
-    rgb_first: bool = False  # whether an image is made RGB before it is resized; PIL resizes other modes differently
+    rgb_first: bool = (
+        False  # whether it is made RGB, on white, before it is resized: PIL resizes other modes differently
+    )
     crop_floor: bool = False  # whether half a pixel at the crop's edge is rounded down, not to even
 
     def __post_init__(self):
@@ -209,11 +211,18 @@ class Tokenize:
     pad_id: int = 0
     pad_left: bool = False
     blank_id: int | None = None  # an id that is replaced by 0 (CLIPA: BERT's [SEP])
+    siglip: bool = (
+        False  # whether text is normalised as Hugging Face's SiglipTokenizer does: tokenizer/sentencepiece.py
+    )
 
     def __post_init__(self):
         _check_words("tokenize.", kind=(self.kind, TOKENIZERS), clean=(self.clean, TEXT_CLEANING))
-        if self.kind == "clip" and (self.pad_id, self.pad_left, self.blank_id) != (0, False, None):
-            raise UserError("tokenize.kind='clip' pads with 0 on the right, and blanks nothing")
+        by_file = (self.pad_id, self.pad_left, self.blank_id, self.siglip)
+        if self.kind == "clip" and by_file != (0, False, None, False):
+            raise UserError("tokenize.kind='clip' pads with 0 on the right, blanks nothing and is not SigLIP's")
+        for name, id in (("pad_id", self.pad_id), ("blank_id", self.blank_id)):
+            if id is not None and not 0 <= id < LARGEST_SIZE:
+                raise UserError(f"tokenize.{name}={id} should be 0 to {LARGEST_SIZE - 1}")
 
 
 @dataclasses.dataclass(frozen=True)

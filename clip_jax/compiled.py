@@ -8,7 +8,7 @@ are kept apart, their kernels turned. Accelerators take the stack as it is.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -30,13 +30,17 @@ TEXT_LENGTHS = {1: (32,), 4: (32,), 8: (16, 24, 32, 48), 32: (16, 24, 32, 48), 1
 DIMS_IN = {"attention/qkv/kernel": 1, "attention/out/kernel": 2, "mlp/up/kernel": 1, "mlp/down/kernel": 1}
 
 
-def place(arrays: dict[str, Array], definition: Definition, device: jax.Device | None = None) -> Placed:
-    """Returns the weights on a device; takes the arrays, by path, out of the dict, so that none is there twice."""
+def place(arrays: Mapping[str, Array], definition: Definition, device: jax.Device | None = None) -> Placed:
+    """Returns the weights on a device, made of the arrays by path, each of which is asked for once.
+
+    A dict is emptied on the way, so that none is there twice; other mappings keep none.
+    """
     device = device or jax.devices()[0]
+    take = arrays.pop if isinstance(arrays, dict) else arrays.__getitem__
 
     def put(keys: tuple, _) -> jax.Array | tuple[jax.Array, ...]:
         path = path_of(keys)
-        x = arrays.pop(path)
+        x = take(path)
         return _apart(path, x, device) if device.platform == "cpu" and "/blocks/" in path else jax.device_put(x, device)
 
     return Weights(*(jax.tree_util.tree_map_with_path(put, tree) for tree in definition.shapes()))

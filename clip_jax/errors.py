@@ -1,7 +1,8 @@
 """The one exception that says "you can mend this": what a script prints as one line, exiting with 2."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 
 class UserError(ValueError):
@@ -13,3 +14,20 @@ def nearest(word: str, known: Iterable[str]) -> str:
     known = sorted(known)
     close = difflib.get_close_matches(word, known, n=1)
     return f"; did you mean {close[0]!r}?" if close else f"; there are: {', '.join(known)}"
+
+
+def all_of(*calls: Callable[[], Any]) -> list[Any]:
+    """Returns what the calls return.
+
+    Raises:
+        UserError: some of them raised one; says what each of them said.
+    """
+    results, problems = [], []
+    for call in calls:
+        try:
+            results.append(call())
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError("; ".join(dict.fromkeys(problems)))  # once, where two calls fail for one reason
+    return results

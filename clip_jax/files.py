@@ -1,11 +1,13 @@
 """Files are written whole or not at all: under a temporary name beside the target, then renamed over it."""
 
 import contextlib
+import json
 import os
 import re
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from clip_jax.errors import UserError
 
@@ -44,3 +46,15 @@ def write_text(path: Path, text: str) -> None:
     """Writes a text file whole or not at all."""
     with whole(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """Returns what a file of JSON says.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error

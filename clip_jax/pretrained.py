@@ -1,4 +1,4 @@
-"""Weights from wherever they are to wherever they should go: names, files, folders, runs.
+"""Weights from wherever they are to wherever they should go: names, files, folders, hubs, runs.
 
 `load` and `convert_weights.py` go through here; what the formats are is in `clip_jax/weights`.
 """
@@ -6,55 +6,84 @@
 import dataclasses
 import os
 import reprlib
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import rich.console
 
+from clip_jax.architecture import ACTIVATIONS, Architecture, ResNetTower
+from clip_jax.config import ModelConfig, leaves
 from clip_jax.errors import UserError, nearest
 from clip_jax.models.clip import Definition
-from clip_jax.weights import bundle, openai, parity
+from clip_jax.models.variants import architecture
+from clip_jax.weights import bundle, hub, huggingface, open_clip, openai, parity
 from clip_jax.weights.bundle import Bundle
 from clip_jax.weights.download import RELEASES, fetch
 from clip_jax.weights.mapping import DType, flatten
+from clip_jax.weights.resize import resize
 from clip_jax.workdir import Workdir
 
-WRITERS = {"openai": openai.write, "clip_jax": bundle.write_folder}
+
+class FolderFormat(NamedTuple):
+    """A format whose models are folders; a folder is of the first that recognises it."""
+
+    is_folder: Callable[[Path], bool]
+    read: Callable[[Path, DType | None], Bundle]
+
+
+class Asked(NamedTuple):
+    """What the user wants of the weights that are read; None: as they are."""
+
+    variant: str | None = None  # the architecture that they must have; the only one a lone state dict can say
+    activation: str | None = None  # computed instead of theirs
+    image_size: int | None = None
+    context_length: int | None = None
+
+
+AS_IT_IS = Asked()
 
 
 def read(
-    source: str | os.PathLike, *, dtype: DType | None = None, download_root: str | os.PathLike | None = None
+    source: str | os.PathLike,
+    asked: Asked = AS_IT_IS,
+    *,
+    dtype: DType | None = None,
+    download_root: str | os.PathLike | None = None,
 ) -> Bundle:
-    """Returns the architecture and the weights, on the host, of a released model's name, a file of OpenAI's, a folder
-    in our format, or the workdir of a run (its latest checkpoint).
+    """Returns the architecture and the weights, on the host, of a released model's name, a file of OpenAI's, a state
+    dict whose variant is told, a folder of OpenCLIP's, Hugging Face's or ours, "hf://org/repo[@revision]", or the
+    workdir of a run (its latest checkpoint).
 
     Floats come in `dtype`, or where that is None in the dtype of the source.
 
     Raises:
-        UserError: nothing of that name, or a damaged one.
+        UserError: nothing of that name, a damaged one, or one that is not what was asked; all that differs.
     """
     if not isinstance(source, str | os.PathLike):
         raise UserError(f"a model is a name or a path, not {reprlib.repr(source)} of type {type(source).__name__}")
     if source == "":
         raise UserError("the name of a model is empty; the folder one is in is '.'")
-    if source in RELEASES:
-        file = fetch(RELEASES[source], None if download_root is None else Path(download_root))
-        return dataclasses.replace(openai.read(file, dtype), variant=str(source), origin=f"openai: {file}")
-    path = _expanded(source)
-    if os.path.isfile(path):  # noqa: PTH113 (Path's own fails for a name that is too long)
-        return openai.read(path, dtype)
-    if os.path.isdir(path):  # noqa: PTH112
-        return _read_folder(path, dtype)
-    raise UserError(
-        f"{str(source)!r} is no file, no folder, and none of the models that can be downloaded: {', '.join(RELEASES)}"
-    )
+    if asked.activation is not None and asked.activation not in ACTIVATIONS:
+        raise UserError(f"activation={asked.activation!r}{nearest(asked.activation, ACTIVATIONS)}")
+    expected = None if asked.variant is None else _with_activation(architecture(ModelConfig(asked.variant)), asked)
+    found = _read(source, expected, dtype, download_root)
+    found = dataclasses.replace(found, architecture=_with_activation(found.architecture, asked))
+    if expected is not None:
+        _check_variant(found, expected, asked.variant)
+    return resize(found, asked.image_size, asked.context_length)
 
 
-def convert(source: str, target_format: str, target: Path, *, check: bool = False) -> bool:
+def convert(
+    source: str | os.PathLike, target_format: str, target: Path, asked: Asked = AS_IT_IS, *, check: bool = False
+) -> bool:
     """Writes the weights of `source` in another format; returns whether all that was checked is within its bar.
 
-    What is checked is the written target, read again, against OpenAI's code with the weights of the source.
+    What is checked is what the target format's own project computes from what was written, against ours from the
+    source; and where the target is ours, what we compute from it against a project that can hold the model.
 
     Raises:
         UserError: a source that cannot be read, a format that is unknown or cannot hold it, a target that cannot be
@@ -63,41 +92,143 @@ def convert(source: str, target_format: str, target: Path, *, check: bool = Fals
     if target_format not in WRITERS:
         raise UserError(f"unknown format {target_format!r}{nearest(target_format, WRITERS)}")
     target = _expanded(target)
-    original = read(source)
-    reference = parity.reference(original) if check else None
+    original = read(source, asked)
+    peer = _peer(original, target_format) if check else None
     WRITERS[target_format](target, original)
     console = rich.console.Console()
     console.print(f"{original.variant}: {original.origin} → {target}", soft_wrap=True, highlight=False, markup=False)
-    if reference is None:
+    if peer is None:
         return True
-    rows = parity.compare(read(target, dtype=np.float32), reference)
-    console.print(parity.table(rows, title=f"{original.variant}: {target} against OpenAI's code"))
+    rows = _check(original, target_format, target, peer)
+    console.print(parity.table(rows, title=f"{original.variant}: {target} against {parity.PEERS[peer].title}"))
     return all(row.holds for row in rows)
+
+
+def _check(original: Bundle, target_format: str, target: Path, peer: str) -> list[parity.Row]:
+    """Returns how far our numbers are from a peer's, where one side has what was written and the other the source."""
+    if peer == target_format:
+        return parity.compare(original, parity.reference(peer, target, original.architecture))
+    with tempfile.TemporaryDirectory() as folder:
+        theirs = Path(folder) / "model"
+        WRITERS[peer](theirs, original)
+        return parity.compare(read(target), parity.reference(peer, theirs, original.architecture))
+
+
+def _peer(original: Bundle, target_format: str) -> str:
+    """Returns the format of the project that a model is checked against; its packages are there.
+
+    Raises:
+        UserError: no project can hold the model, or its packages are missing.
+    """
+    if target_format in parity.PEERS:
+        holds = [target_format]
+    else:
+        holds = [name for name, check in HOLDS.items() if _holds(check, original.architecture)]
+    if not holds:
+        raise UserError(f"no other project has a model such as {original.variant}: leave --check away")
+    parity.PEERS[holds[0]].load_packages()
+    return holds[0]
+
+
+def _holds(check: Callable[[Architecture], Any], architecture: Architecture) -> bool:
+    try:
+        check(architecture)
+    except UserError:
+        return False
+    return True
+
+
+def _read(
+    source: str | os.PathLike,
+    expected: Architecture | None,
+    dtype: DType | None,
+    download_root: str | os.PathLike | None,
+) -> Bundle:
+    """Returns what the source holds; only a lone state dict is read as what is expected."""
+    if source in RELEASES:
+        file = fetch(RELEASES[source], None if download_root is None else Path(download_root))
+        return dataclasses.replace(openai.read(file, dtype), variant=str(source), origin=f"openai: {file}")
+    if str(source).startswith(hub.PREFIX):
+        found = _read_folder(hub.fetch(str(source)), dtype)
+        return dataclasses.replace(found, origin=str(source))
+    path = _expanded(source)
+    if os.path.isfile(path):  # noqa: PTH113 (Path's own fails for a name that is too long)
+        return openai.read(path, dtype) if expected is None else open_clip.read_state_dict(path, expected, dtype)
+    if os.path.isdir(path):  # noqa: PTH112
+        return _read_folder(path, dtype)
+    raise UserError(
+        f"{str(source)!r} is no file, no folder, no hf://org/repo, and none of the models that can be downloaded: "
+        f"{', '.join(RELEASES)}"
+    )
+
+
+def _read_folder(path: Path, dtype: DType | None) -> Bundle:
+    """Returns the model of a folder, by the first format that recognises it."""
+    for format_ in FOLDERS.values():
+        if format_.is_folder(path):
+            return format_.read(path, dtype)
+    file = path / bundle.CONFIG
+    if not os.path.lexists(file):
+        raise UserError(
+            f"{path} is not a run's folder, nor a model's: it has no {bundle.CONFIG} and no {open_clip.CONFIG}; "
+            "choose another folder"
+        )
+    bundle.read_json(file)  # which may have more to say
+    raise UserError(
+        f"{file} should have 'format', as a model's folder of ours, 'model_type', as Hugging Face's, or 'config', as a "
+        "run's; choose another folder"
+    )
+
+
+def _with_activation(found: Architecture, asked: Asked) -> Architecture:
+    """Returns the architecture with the activation that the user insists on."""
+    if asked.activation is None:
+        return found
+    towers = {"text": dataclasses.replace(found.text, activation=asked.activation)}
+    if not isinstance(found.image, ResNetTower):
+        towers["image"] = dataclasses.replace(found.image, activation=asked.activation)
+    return dataclasses.replace(found, **towers)
+
+
+def _check_variant(found: Bundle, expected: Architecture, variant: str) -> None:
+    """Raises UserError, with all that differs, when the weights are not those of the variant that was asked for.
+
+    Preprocessing and tokenizer come with the weights, and are theirs.
+    """
+    asked = {path: value for path, _, value in leaves(expected)}
+    there = {path: value for path, _, value in leaves(found.architecture)}
+    differences = [
+        f"{path} is {there.get(path)!r}, not {asked.get(path)!r}"
+        for path in sorted(asked.keys() | there.keys())
+        if asked.get(path) != there.get(path) and not path.startswith(("preprocess.", "tokenize."))
+    ]
+    if any("activation" in difference for difference in differences):
+        differences.append(
+            "weights computed with another activation than they were trained with lose points of accuracy and nothing "
+            "says so; if the weights' own word is wrong, insist by activation="
+        )
+    if differences:
+        raise UserError(f"{found.origin} is no {variant}: {'; '.join(differences)}")
 
 
 def _expanded(path: str | os.PathLike) -> Path:
     return Path(os.path.expanduser(path))  # noqa: PTH111 (Path's own fails for a user that there is not)
 
 
-def _read_folder(path: Path, dtype: DType | None) -> Bundle:
-    """Returns the model of a folder in our format or of a run's, as its config.json says."""
-    file = path / bundle.CONFIG
-    if not os.path.lexists(file):
-        raise UserError(
-            f"{path} is not a run's folder, nor a model's: it has no {bundle.CONFIG}; choose another folder"
-        )
-    content = bundle.read_json(file)
-    if isinstance(content, dict) and "format" in content:
-        return bundle.read_folder(path, dtype)
-    if isinstance(content, dict) and "config" in content:
-        return _read_run(Workdir(path))
-    raise UserError(f"{file} should have 'format', as a model's folder, or 'config', as a run's; choose another folder")
+def _is_run(path: Path) -> bool:
+    """Returns whether the folder's config.json is a run's."""
+    try:
+        content = bundle.read_json(path / bundle.CONFIG)
+    except UserError:
+        return False
+    return isinstance(content, dict) and "config" in content
 
 
-def _read_run(workdir: Workdir) -> Bundle:
-    """Returns what the latest checkpoint of a run holds."""
+def _read_run(path: Path, dtype: DType | None) -> Bundle:
+    """Returns what the latest checkpoint of a run holds; `dtype` is float32, which a run's weights are."""
     from clip_jax.training.checkpoint import Checkpoints
 
+    workdir = Workdir(path)
     architecture = workdir.architecture()
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(
@@ -111,3 +242,18 @@ def _read_run(workdir: Workdir) -> Bundle:
     arrays = {path: np.asarray(x) for path, x in flatten(weights).items()}
     origin = f"{workdir.path}/checkpoints/{step}"
     return Bundle(architecture, arrays, workdir.variant(), origin, results=workdir.evaluation(step))
+
+
+FOLDERS = {
+    "open_clip": FolderFormat(open_clip.is_folder, open_clip.read),
+    "huggingface": FolderFormat(huggingface.is_folder, huggingface.read),
+    "clip_jax": FolderFormat(bundle.is_bundle, bundle.read_folder),
+    "run": FolderFormat(_is_run, _read_run),
+}
+WRITERS = {
+    "openai": openai.write,
+    "open_clip": open_clip.write,
+    "huggingface": huggingface.write,
+    "clip_jax": bundle.write_folder,
+}
+HOLDS = {"openai": openai.check_held, "open_clip": open_clip.config_of, "huggingface": huggingface.config_of}

@@ -58,7 +58,8 @@ def encode(model, source):
     from clip_jax.models.clip import normalise_pixels
 
     architecture = model.architecture
-    batches = evaluation_batches(source, image_size=architecture.image.image_size, batch=BATCH)
+    size, preprocess = architecture.image.image_size, architecture.preprocess
+    batches = evaluation_batches(source, image_size=size, preprocess=preprocess, batch=BATCH)
     console = rich.console.Console(stderr=True)
     features, labels = [], []
     for pixels, records in rich.progress.track(
@@ -68,7 +69,7 @@ def encode(model, source):
         console=console,
         disable=not console.is_terminal,
     ):
-        features.append(model.encode_image(normalise_pixels(pixels, architecture.preprocess)))
+        features.append(model.encode_image(normalise_pixels(pixels, preprocess)))
         labels += [record.label for record in records]
     return np.concatenate(features), np.array(labels)
 

@@ -1,4 +1,4 @@
-"""What all tests share: eight simulated devices, one folder of data sets, float64 on request."""
+"""What all tests share: eight simulated devices, what was compiled before, a folder of data sets, float64."""
 
 import os
 
@@ -12,6 +12,18 @@ import pytest
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keeps what is compiled, for the processes that tests start and for the next run: most of the time goes there."""
+    settings = {
+        "jax_compilation_cache_dir": str(config.cache.mkdir("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.3,
+        "jax_compilation_cache_max_size": 2**30,  # bytes; the oldest go
+    }
+    for name, value in settings.items():
+        os.environ[name.upper()] = str(value)
+        jax.config.update(name, value)
 
 
 @pytest.fixture(scope="session")

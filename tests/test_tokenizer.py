@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from oracles import openai_clip, openai_tokenizer
 
-from clip_jax.tokenizer import CONTEXT_LENGTH, EOT, SOT, VOCAB_SIZE, _merges, decode, tokenize
+from clip_jax.tokenizer import CONTEXT_LENGTH, EOT, SOT, VOCAB_SIZE, decode, tokenize
+from clip_jax.tokenizer.clip import merges
 
 GOLDEN = {  # also where no oracle is installed; the last three are where regular expression engines part ways
     "": [],
@@ -97,9 +98,9 @@ def test_decoding_an_unknown_id_is_an_error_that_names_it(id):
 
 
 def test_the_order_in_which_pairs_are_merged_cannot_matter():
-    rank = {left + right: i for i, (left, right) in enumerate(_merges())}
-    assert len(rank) == len(_merges())
-    assert all(rank.get(part, -1) < i for i, pair in enumerate(_merges()) for part in pair)
+    rank = {left + right: i for i, (left, right) in enumerate(merges())}
+    assert len(rank) == len(merges())
+    assert all(rank.get(part, -1) < i for i, pair in enumerate(merges()) for part in pair)
 
 
 def test_importing_loads_none_of_the_libraries_it_uses():

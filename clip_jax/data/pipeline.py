@@ -13,6 +13,7 @@ import grain
 import numpy as np
 
 from clip_jax import tokenizer
+from clip_jax.architecture import Preprocess
 from clip_jax.data import transforms
 from clip_jax.data.sources import Record, Source
 from clip_jax.errors import UserError
@@ -46,6 +47,7 @@ class TrainingPairs:
     global_batch: int
     rows: Sequence[int]  # of the global batch, those that this host's devices hold
     image_size: int
+    preprocess: Preprocess
     context_length: int
     crop_scale: tuple[float, float]
 
@@ -60,7 +62,10 @@ class TrainingPairs:
         caption = record.captions[random.integers(len(record.captions))]
         try:
             image = transforms.decode(record.image)
-            pixels, valid = transforms.random_crop(image, self.image_size, scale=self.crop_scale, random=random), True
+            pixels = transforms.random_crop(
+                image, self.image_size, self.preprocess, scale=self.crop_scale, random=random
+            )
+            valid = True
         except OSError as error:
             warnings.warn(f"left out image {index} of {self.source.name}:{self.source.split}: {error}", stacklevel=2)
             pixels, valid = np.zeros((self.image_size, self.image_size, 3), np.uint8), False
@@ -83,7 +88,7 @@ def randomness(seed: int, epoch: int, index: int) -> np.random.Generator:
 
 
 def evaluation_batches(
-    source: Source, *, image_size: int, batch: int, num_threads: int = 2
+    source: Source, *, image_size: int, preprocess: Preprocess, batch: int, num_threads: int = 2
 ) -> Iterator[tuple[UInt8[np.ndarray, "b H W C"], list[Record]]]:
     """Yields (images, records) in the order of the source, `batch` at a time; the last may be fewer.
 
@@ -94,7 +99,7 @@ def evaluation_batches(
     def load(index: int) -> tuple[UInt8[np.ndarray, "H W C"], Record]:
         record = source[index]
         try:
-            return transforms.evaluation_crop(transforms.decode(record.image), image_size), record
+            return transforms.evaluation_crop(transforms.decode(record.image), image_size, preprocess), record
         except (OSError, UserError) as error:
             raise UserError(f"image {index} of {source.name}:{source.split} cannot be read: {error}") from error
 

@@ -55,7 +55,7 @@ def encode_images(model: Encoder, source: Source) -> Encoded:
     """
     arch = model.architecture
     features, labels, captions = [], [], []
-    batches = evaluation_batches(source, image_size=arch.image.image_size, batch=BATCH)
+    batches = evaluation_batches(source, image_size=arch.image.image_size, preprocess=arch.preprocess, batch=BATCH)
     console = rich.console.Console(stderr=True)
     total = -(-len(source) // BATCH)
     for images, part in rich.progress.track(

@@ -97,6 +97,7 @@ def _batches(config: Config, arch: Architecture, source: Source, mesh: jax.shard
         global_batch=config.data.global_batch,
         rows=sharding.host_rows(config.data.global_batch, mesh),
         image_size=arch.image.image_size,
+        preprocess=arch.preprocess,
         context_length=arch.text.context_length,
         crop_scale=config.data.crop_scale,
     )

@@ -2,6 +2,7 @@
 
 FOLDER/config.json         {"format": "clip_jax", "variant": …, "architecture": …}
 FOLDER/model.safetensors   parameters and statistics by our paths, in the dtypes they came in
+FOLDER/tokenizer.json      where the model has a tokenizer of its own
 
 A run's folder has a `config.json` too (clip_jax/workdir.py), with "config" and no "format": `is_bundle` tells them
 apart by what is in them.
@@ -9,47 +10,35 @@ apart by what is in them.
 
 import dataclasses
 import json
-import mmap
 import os
 import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
-import safetensors
-import safetensors.numpy
 
-from clip_jax.architecture import Architecture
+from clip_jax.architecture import Architecture, Preprocess, Tokenize
 from clip_jax.config import build
 from clip_jax.errors import UserError
-from clip_jax.files import is_temporary, whole
+from clip_jax.files import read_json
 from clip_jax.models.clip import Definition
 from clip_jax.models.variants import VARIANTS
-from clip_jax.weights.mapping import DType, Rule, flatten, import_tensors, listed
+from clip_jax.weights import folder
+from clip_jax.weights.mapping import DType, Rule, flatten, import_tensors
+from clip_jax.weights.tensors import read_safetensors
 
 FORMAT = "clip_jax"
-CONFIG, TENSORS = "config.json", "model.safetensors"
-
-# safetensors' name of a type → what its elements are
-DTYPES = {
-    "F64": np.dtype("<f8"),
-    "F32": np.dtype("<f4"),
-    "F16": np.dtype("<f2"),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "I64": np.dtype("<i8"),
-    "I32": np.dtype("<i4"),
-    "I16": np.dtype("<i2"),
-    "I8": np.dtype("i1"),
-    "U8": np.dtype("u1"),
-    "BOOL": np.dtype("?"),
-}
+CONFIG, TENSORS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
+RESIZE_KERNELS = ("bicubic_antialias", "bicubic")  # OpenCLIP's and timm's, Hugging Face's: weights/resize.py
 
 
 @dataclasses.dataclass(frozen=True)
 class Bundle:
-    """An architecture and its weights: NumPy arrays by our paths, in the dtypes of their source."""
+    """An architecture and its weights: NumPy arrays by our paths, in the dtypes of their source.
+
+    What is read from a file is read when an array is asked for, each time anew.
+    """
 
     architecture: Architecture
     arrays: Mapping[str, np.ndarray]
@@ -57,11 +46,19 @@ class Bundle:
     origin: str  # where the weights come from
     tokenizer: str | None = None  # what its tokenizer.json says, where `architecture.tokenize.kind` is "file"
     results: Path | None = None  # where their evaluations go unless told otherwise; None: they are no run's
+    resize_kernel: str = RESIZE_KERNELS[0]  # by which their family resizes an image's positions: weights/resize.py
 
 
 def variant_of(architecture: Architecture, otherwise: str) -> str:
-    """Returns the name that an architecture has in the table of variants, or `otherwise` when it is not there."""
-    return next((name for name, known in VARIANTS.items() if known == architecture), otherwise)
+    """Returns the name that the towers have in the table of variants, or `otherwise` when they are not there.
+
+    How images and texts are prepared comes with the weights, and has no name.
+    """
+
+    def towers(named: Architecture) -> Architecture:
+        return dataclasses.replace(named, preprocess=Preprocess(), tokenize=Tokenize())
+
+    return next((name for name, known in VARIANTS.items() if towers(known) == towers(architecture)), otherwise)
 
 
 def is_bundle(path: Path) -> bool:
@@ -87,11 +84,19 @@ def read_folder(path: Path, dtype: DType | None = None) -> Bundle:
     shapes = flatten(Definition(architecture).shapes())
     names_are_paths = [Rule(name, name, "... -> ...") for name in shapes]
     tensors = read_safetensors(path / TENSORS)
+    tokenizer, problems = None, []
     try:
         arrays = import_tensors(names_are_paths, tensors, shapes, dtype)
     except UserError as error:
-        raise UserError(f"{path / TENSORS}: {error}") from error
-    return Bundle(architecture, arrays, content["variant"], str(path))
+        problems.append(f"{path / TENSORS}: {error}")
+    try:
+        tokenizer = _read_tokenizer(path / TOKENIZER, architecture)
+    except UserError as error:
+        problems.append(str(error))
+    if problems:
+        raise UserError("; ".join(problems))
+    kernel = content.get("resize_kernel", RESIZE_KERNELS[0])  # older folders have none
+    return Bundle(architecture, arrays, content["variant"], str(path), tokenizer, resize_kernel=kernel)
 
 
 def write_folder(path: Path, bundle: Bundle) -> None:
@@ -108,60 +113,10 @@ def write_folder(path: Path, bundle: Bundle) -> None:
         "format": FORMAT,
         "variant": bundle.variant,
         "architecture": dataclasses.asdict(bundle.architecture),
+        "resize_kernel": bundle.resize_kernel,
     }
-    with whole(path / CONFIG) as config, whole(path / TENSORS) as tensors:
-        config.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        _save(tensors, bundle.arrays)
-        (path / CONFIG).unlink(missing_ok=True)  # then the weights get their name, and last the config
-
-
-def read_json(path: Path) -> Any:
-    """Returns what a file of JSON says.
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
-
-
-def read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    """Returns the tensors of a safetensors file by their names, as read-only views of the file in memory.
-
-    Raises:
-        UserError: not such a file, a damaged one, or one with a type that is not in `DTYPES`.
-    """
-    try:
-        with safetensors.safe_open(path, framework="numpy"):
-            pass  # the library has checked now that all tensors lie in the file, none on another
-        with path.open("rb") as file:
-            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except safetensors.SafetensorError as error:
-        raise UserError(f"{path}: not a safetensors file, or a damaged one: {error}") from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
-    start = 8 + int.from_bytes(content[:8], "little")
-    header = {name: entry for name, entry in json.loads(content[8:start]).items() if name != "__metadata__"}
-    if unknown := [f"{name} ({entry['dtype']})" for name, entry in header.items() if entry["dtype"] not in DTYPES]:
-        raise UserError(f"{path}: types that no model here has: {listed(unknown)}")
-    return {
-        name: np.ndarray(entry["shape"], DTYPES[entry["dtype"]], content, start + entry["data_offsets"][0])
-        for name, entry in header.items()
-    }
-
-
-def _save(path: Path, tensors: dict[str, np.ndarray]) -> None:
-    """Writes tensors as a safetensors file; the same tensors give the same bytes."""
-    in_order = {name: np.asarray(x, order="C") for name, x in tensors.items()}  # the library takes this for granted
-    path.touch()
-    mode = path.stat().st_mode
-    try:
-        safetensors.numpy.save_file(in_order, path)
-        path.chmod(mode)  # the library leaves a file that nobody else may read
-    except safetensors.SafetensorError as error:
-        raise OSError(str(error)) from error  # which says more to whoever writes files
+    texts = {CONFIG: json.dumps(content, indent=2) + "\n", TOKENIZER: bundle.tokenizer}
+    folder.write(path, texts, TENSORS, bundle.arrays, replaces=True)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -173,21 +128,27 @@ def _read_config(path: Path) -> dict[str, Any]:
     for name, kind in (("variant", str), ("architecture", dict)):
         if not isinstance(content.get(name), kind):
             raise UserError(f"{path}: {name}={reprlib.repr(content.get(name))} should be {kind.__name__}")
+    if content.get("resize_kernel", RESIZE_KERNELS[0]) not in RESIZE_KERNELS:
+        found = reprlib.repr(content["resize_kernel"])
+        raise UserError(f"{path}: resize_kernel={found} is not one of {', '.join(RESIZE_KERNELS)}")
     return content
+
+
+def _read_tokenizer(path: Path, architecture: Architecture) -> str | None:
+    """Returns what the folder's tokenizer.json says, None where it has none and the architecture wants none."""
+    if architecture.tokenize.kind != "file" and not os.path.lexists(path):
+        return None
+    try:
+        return path.read_bytes().decode("utf-8")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path} cannot be read: {reason}; a model's tokenizer lies beside its weights") from error
 
 
 def _check_free(path: Path) -> None:
     """Raises UserError when the folder holds anything but a model in our format, or what is left of one."""
-    try:
-        names = [entry.name for entry in path.iterdir()]
-        names = [name for name in names if not any(is_temporary(name, ours) for ours in (CONFIG, TENSORS))]
-        if not names or is_bundle(path) or _is_interrupted(path):
-            return
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; choose another folder") from error
-    raise UserError(f"{path} holds something other than a model in this format; choose another folder")
+    if folder.contents(path, (CONFIG, TENSORS, TOKENIZER)) and not is_bundle(path) and not _is_interrupted(path):
+        raise UserError(f"{path} holds something other than a model in this format; choose another folder")
 
 
 def _is_interrupted(path: Path) -> bool:

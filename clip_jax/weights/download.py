@@ -218,7 +218,7 @@ def _receive(url: str, partial: Path, show: Show) -> bool:
                     size += len(chunk)
                     show(size, total)
     except requests.RequestException as error:
-        raise _Cut(_reason(error)) from error
+        raise _Cut(reason_of(error)) from error
     if total is not None and size < total:  # a server may send less than it was asked for
         raise _Cut(f"the transfer ended after {size} of {total} bytes")
     return start > 0
@@ -230,7 +230,7 @@ def _ask(url: str, size: int) -> requests.Response:
     try:
         return requests.get(url, headers=headers, stream=True, timeout=TIMEOUT)
     except requests.RequestException as error:
-        raise _Cut(_reason(error)) from error
+        raise _Cut(reason_of(error)) from error
     except OSError as error:  # its certificates, above all; not to be taken for the cache folder's
         raise _Failed(str(error)) from error
 
@@ -254,10 +254,10 @@ def _span(response: requests.Response, size: int, partial: Path) -> tuple[int, i
     raise _Failed(status)
 
 
-def _reason(error: BaseException) -> str:
-    """Returns what lies at the bottom of an error of requests, whose own text is a paragraph with addresses in it."""
+def reason_of(error: BaseException) -> str:
+    """Returns what lies at the bottom of a network's error, whose own text is a paragraph with addresses in it."""
     causes = (*error.args, getattr(error, "reason", None), error.__cause__)
     inner = next((cause for cause in causes if isinstance(cause, Exception)), None)
     if inner is not None:
-        return _reason(inner)
+        return reason_of(inner)
     return getattr(error, "strerror", None) or str(error) or type(error).__name__

@@ -20,6 +20,7 @@ import numpy as np
 from clip_jax.errors import UserError
 from clip_jax.models.clip import Weights
 from clip_jax.sharding import path_of
+from clip_jax.weights.streaming import Lazy, give_back, specs_of
 
 LONGEST_LIST = 20  # names in an error; a file of something else has thousands
 ALIGNMENT = 64  # bytes; what lies at a multiple JAX takes over on a CPU without copying it
@@ -32,11 +33,13 @@ class Rule:
     """One tensor of theirs, or one a block, and the array of ours, or the part of one, that it fills.
 
     `{s}` stands for a number in a name, `{i+1}` for one more than it. In square brackets stands which part of our
-    array is meant: a letter runs over a dimension, a number is one place in it, `1:` is all from there on, `:` all of
-    it. The pattern is einops', in the legend's letters; each of our dimensions has its own letter, so that our shape
-    gives theirs.
+    array is meant: a letter runs over a dimension, a number is one place in it, `:` is all of it, `1:` all but the
+    first place. The pattern is einops', in the legend's letters; each of our dimensions that is not taken apart has its
+    own letter, so that our shape gives theirs.
 
         Rule("resblocks.{i}.attn.in_proj_weight", "image/blocks/attention/qkv/kernel[i]", "(T N K) D -> D T N K")
+        Rule("attn_pool.kv.weight", "image/map_pool/qkv/kernel[:, 1:]", "(T N K) D -> D T N K")
+        Rule("logit_scale", "logit_scale", "1 ->")
     """
 
     source: str
@@ -77,12 +80,12 @@ class _Slot:
 
     def order(self, array: Any) -> Sequence[int]:
         """Returns our array's dimensions in the order that they have in their file: to fill it is then a plain copy."""
-        # a 1 in a pattern is no dimension of ours
-        left, right = (re.findall(r"[A-Za-z]\w*", side) for side in self.pattern.split("->"))
-        stacked = len(self.index)
-        if slice(None) in self.index or stacked + len(right) != array.ndim:
+        left, right = (re.findall(r"[A-Z]\w*", side) for side in self.pattern.split("->"))
+        placed = [axis for axis, place in enumerate(self.index) if isinstance(place, int)]
+        rest = [axis for axis in range(array.ndim) if axis not in placed]
+        if len(right) != len(rest):  # dots stand for some
             return range(array.ndim)
-        return [*range(stacked), *(stacked + right.index(letter) for letter in left)]
+        return [*placed, *(rest[right.index(letter)] for letter in left)]
 
 
 def flatten(weights: Weights) -> dict[str, Any]:
@@ -102,8 +105,8 @@ def source_shapes(rules: Sequence[Rule], shapes: Mapping[str, Any]) -> dict[str,
 
 def import_tensors(
     rules: Sequence[Rule], tensors: Mapping[str, np.ndarray], shapes: Mapping[str, Any], dtype: DType | None = None
-) -> dict[str, np.ndarray]:
-    """Returns our arrays, filled from a file's tensors.
+) -> Lazy:
+    """Returns our arrays, each filled from a file's tensors when it is asked for; all is checked before.
 
     Floats come in `dtype`, or where that is None in the dtype of their source: where several tensors fill one array,
     in one that holds all of theirs. Integers come in the dtype of `shapes`.
@@ -114,25 +117,62 @@ def import_tensors(
     """
     slots = _slots(rules, shapes)
     _check(tensors, slots, shapes)
-    sources: dict[str, list[np.dtype]] = {path: [] for path in shapes}
-    for name, slot in slots.items():
-        sources[slot.path].append(tensors[name].dtype)
-    orders = {slot.path: slot.order(shapes[slot.path]) for slot in slots.values()}
-    arrays = {}
+    theirs, sources = specs_of(tensors), _by_path(slots)
+    specs = {}
     for path, like in shapes.items():
-        found = functools.reduce(jnp.promote_types, sources[path]) if dtype is None else dtype
-        arrays[path] = _empty(like.shape, found if _is_float(like.dtype) else like.dtype, orders[path])
+        found = functools.reduce(jnp.promote_types, [theirs[name].dtype for name in sources[path]])
+        found = found if dtype is None else dtype
+        specs[path] = jax.ShapeDtypeStruct(like.shape, found if _is_float(like.dtype) else like.dtype)
+
+    def make(paths: Sequence[str]) -> Iterator[np.ndarray]:
+        for path in paths:
+            yield _filled(specs[path], {name: slots[name] for name in sources[path]}, tensors)
+
+    return Lazy(specs, [([path], make) for path in specs])
+
+
+def export_tensors(rules: Sequence[Rule], arrays: Mapping[str, Any]) -> Lazy:
+    """Returns a file's tensors, each cut out of our arrays when it is asked for; floats keep their dtype, integers
+    become int64. Their names are sorted; one of our arrays after the other is needed to make them in turn."""
+    ours = specs_of(arrays)
+    slots = _slots(rules, ours)
+    in_order = sorted(slots.items(), key=lambda item: _natural(item[0]))
+    specs = {name: _exported(slot, ours[slot.path]) for name, slot in in_order}
+
+    def make(names: Sequence[str]) -> Iterator[np.ndarray]:
+        array = np.asarray(arrays[slots[names[0]].path])
+        for name in names:
+            yield slots[name].theirs(array).astype(specs[name].dtype, copy=False)
+
+    return Lazy(specs, [(names, make) for names in _by_path(slots).values()])
+
+
+def _filled(spec: jax.ShapeDtypeStruct, slots: Mapping[str, _Slot], tensors: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Returns one of our arrays, made of the tensors that fill it."""
+    array = _empty(spec.shape, spec.dtype, next(iter(slots.values())).order(spec))
     for name, slot in slots.items():
-        slot.fill(arrays[slot.path], tensors[name])
-    return arrays
+        tensor = tensors[name]
+        slot.fill(array, tensor)
+        give_back(tensor)
+    return array
 
 
-def export_tensors(rules: Sequence[Rule], arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Returns a file's tensors made of our arrays, sorted by name; floats keep their dtype, integers are int64."""
-    arrays = {path: np.asarray(x) for path, x in arrays.items()}
-    tensors = {name: slot.theirs(arrays[slot.path]) for name, slot in _slots(rules, arrays).items()}
-    in_order = sorted(tensors.items(), key=lambda item: re.sub(r"\d+", lambda number: number[0].zfill(9), item[0]))
-    return {name: x if _is_float(x.dtype) else x.astype(np.int64) for name, x in in_order}
+def _exported(slot: _Slot, like: Any) -> jax.ShapeDtypeStruct:
+    """Returns the shape and dtype of the tensor that is cut out of one of our arrays."""
+    return jax.ShapeDtypeStruct(slot.their_shape(like.shape), like.dtype if _is_float(like.dtype) else np.int64)
+
+
+def _by_path(slots: Mapping[str, _Slot]) -> dict[str, list[str]]:
+    """Returns the names of theirs that fill each of our arrays."""
+    names: dict[str, list[str]] = {}
+    for name, slot in slots.items():
+        names.setdefault(slot.path, []).append(name)
+    return names
+
+
+def _natural(name: str) -> str:
+    """Returns what puts names into the order of the numbers in them."""
+    return re.sub(r"\d+", lambda number: number[0].zfill(9), name)
 
 
 def _slots(rules: Sequence[Rule], shapes: Mapping[str, Any]) -> dict[str, _Slot]:
@@ -140,13 +180,24 @@ def _slots(rules: Sequence[Rule], shapes: Mapping[str, Any]) -> dict[str, _Slot]
     matches = [match for rule in rules for match in _matches(rule, shapes)]
     slots = dict(matches)
     assert len(slots) == len(matches), "two rules take the same name"
-    assert len({(slot.path, str(slot.index)) for slot in slots.values()}) == len(slots), "two names fill the same part"
-    filled = dict.fromkeys(shapes, 0)
-    for slot in slots.values():
-        filled[slot.path] += math.prod(slot.their_shape(shapes[slot.path].shape))
-    wrong = [path for path, like in shapes.items() if filled[path] != math.prod(like.shape)]
+    names = _by_path(slots)
+    wrong = [
+        path
+        for path, like in shapes.items()
+        if not _is_filled(like.shape, [slots[name] for name in names.get(path, [])])
+    ]
     assert not wrong, f"arrays that the rules do not fill, or fill twice: {', '.join(wrong)}"
     return slots
+
+
+def _is_filled(shape: tuple[int, ...], slots: Sequence[_Slot]) -> bool:
+    """Returns whether the slots fill each place of an array of this shape once."""
+    whole = [all(slot.index[axis : axis + 1] in ((), (slice(None),)) for slot in slots) for axis in range(len(shape))]
+    times = np.zeros([1 if is_whole else size for size, is_whole in zip(shape, whole, strict=True)], np.int32)
+    for slot in slots:
+        times[slot.index] += 1
+        slot.their_shape(shape)  # that the pattern fits the part
+    return bool((times == 1).all())
 
 
 def _matches(rule: Rule, shapes: Mapping[str, Any]) -> Iterator[tuple[str, _Slot]]:
@@ -163,9 +214,9 @@ def _matches(rule: Rule, shapes: Mapping[str, Any]) -> Iterator[tuple[str, _Slot
 
 
 def _choices(letter: str, size: int) -> Sequence[int | slice]:
-    """Returns the places along one dimension that a letter, a number, ":" or "1:" in square brackets stands for."""
-    if letter.endswith(":"):
-        return [slice(int(letter[:-1]), None) if letter != ":" else slice(None)]
+    """Returns the places along one dimension that a letter, a number or a slice in square brackets stands for."""
+    if ":" in letter:
+        return [slice(*(int(end) if end else None for end in letter.split(":")))]
     return [int(letter)] if letter.isdigit() else range(size)
 
 
@@ -175,24 +226,25 @@ def _named(source: str, numbers: Mapping[str, Any]) -> str:
 
 def _check(tensors: Mapping[str, np.ndarray], slots: Mapping[str, _Slot], shapes: Mapping[str, Any]) -> None:
     """Raises UserError with all that keeps the tensors from filling the slots."""
+    theirs = specs_of(tensors)
 
     def mismatch(name: str, slot: _Slot) -> str | None:
-        tensor, like = tensors[name], shapes[slot.path]
+        spec, like = theirs[name], shapes[slot.path]
         shape = slot.their_shape(like.shape)
-        if tensor.shape == shape and _is_float(tensor.dtype) == _is_float(like.dtype):
-            return None if _is_float(like.dtype) else too_large(name, tensor, like.dtype)
+        if spec.shape == shape and _is_float(spec.dtype) == _is_float(like.dtype):
+            return None if _is_float(like.dtype) else too_large(name, like.dtype)
         kind = "float" if _is_float(like.dtype) else "int"
-        return f"{name} is {tensor.dtype} {list(tensor.shape)}, not {kind} {list(shape)}"
+        return f"{name} is {spec.dtype} {list(spec.shape)}, not {kind} {list(shape)}"
 
-    def too_large(name: str, tensor: np.ndarray, dtype: np.dtype) -> str | None:
+    def too_large(name: str, dtype: np.dtype) -> str | None:
+        tensor, limits = tensors[name], np.iinfo(dtype)
         furthest = max((int(n) for n in (tensor.min(initial=0), tensor.max(initial=0))), key=abs)
-        limits = np.iinfo(dtype)
         return None if limits.min <= furthest <= limits.max else f"{name} has {furthest}, which {dtype} cannot hold"
 
-    mismatches = [mismatch(name, slot) for name, slot in slots.items() if name in tensors]
+    mismatches = [mismatch(name, slot) for name, slot in slots.items() if name in theirs]
     problems = {
-        "missing": [name for name in slots if name not in tensors],
-        "not known": [name for name in tensors if name not in slots],
+        "missing": [name for name in slots if name not in theirs],
+        "not known": [name for name in theirs if name not in slots],
         "of another shape or kind": [problem for problem in mismatches if problem],
     }
     if any(problems.values()):

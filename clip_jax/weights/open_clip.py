@@ -7,24 +7,24 @@ FOLDER/tokenizer.json, …             where the tokenizer is not OpenAI's
 Built-in towers have OpenAI's names. A text tower is at the root or under `text.`; SigLIP's image towers are timm's.
 """
 
-import contextlib
 import dataclasses
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
 from clip_jax.architecture import Architecture, ResNetTower
 from clip_jax.errors import UserError
-from clip_jax.files import whole
+from clip_jax.files import read_json
 from clip_jax.models.clip import Definition
-from clip_jax.weights import archive, openai, timm, tokenizer_files
-from clip_jax.weights.bundle import Bundle, _save, read_json, read_safetensors, variant_of
+from clip_jax.weights import folder, openai, timm, tokenizer_files
+from clip_jax.weights.bundle import Bundle, variant_of
 from clip_jax.weights.mapping import DType, Rule, export_tensors, flatten, import_tensors
 from clip_jax.weights.open_clip_config import architecture_of, blanks_separator, config_of, is_timm
+from clip_jax.weights.tensors import read_file, read_first
 
 CONFIG, TENSORS = "open_clip_config.json", "open_clip_model.safetensors"
 # What weights may be called; OpenCLIP takes the first that is there, and so do we.
@@ -54,8 +54,6 @@ LINEAR = (
 
 # Names of tensors that are no weights: causal masks, of blocks and of the whole tower.
 IGNORED = r"((visual\.|text\.)?transformer\.resblocks\.\d+\.|text\.)?attn_mask"
-# What only OpenAI's own files have: three numbers. The weights were trained with QuickGELU.
-OPENAI_NUMBERS = {"input_resolution", "context_length", "vocab_size"}
 
 
 def is_folder(path: Path) -> bool:
@@ -63,35 +61,35 @@ def is_folder(path: Path) -> bool:
     return os.path.isfile(path / CONFIG)  # noqa: PTH113 (Path's own fails for a name that is too long)
 
 
-def read(folder: Path, dtype: DType | None = None) -> Bundle:
+def read(path: Path, dtype: DType | None = None) -> Bundle:
     """Returns the model in one of OpenCLIP's folders; floats in `dtype`, or where that is None as they are.
 
     Raises:
         UserError: a config that is not understood; then all that is wrong with tokenizer and weights: they are not
             there, they are damaged, or they are not the config's.
     """
-    config = read_json(folder / CONFIG)
+    config = read_json(path / CONFIG)
     try:
         architecture = architecture_of(config)
     except UserError as error:
-        raise UserError(f"{folder / CONFIG}: {error}") from error
+        raise UserError(f"{path / CONFIG}: {error}") from error
     problems, tokenizer, arrays = [], None, {}
     try:
         if architecture.tokenize.kind == "file":
             clean, blank_sep = architecture.tokenize.clean, blanks_separator(config)
-            tokenize, tokenizer = tokenizer_files.read(folder, clean, blank_sep=blank_sep)
+            tokenize, tokenizer = tokenizer_files.read(path, clean, blank_sep=blank_sep)
             architecture = dataclasses.replace(architecture, tokenize=tokenize)
     except UserError as error:
         problems.append(str(error))
     try:
-        tensors, file = _read_first(folder, WEIGHTS)
-        remedy = f'write "quick_gelu": true into the model_cfg of {folder / CONFIG}'
-        arrays = _arrays(tensors, architecture, dtype, whose=f"{file}, by {folder / CONFIG}", remedy=remedy)
+        tensors, file = read_first(path, WEIGHTS)
+        remedy = f'write "quick_gelu": true into the model_cfg of {path / CONFIG}'
+        arrays = _arrays(tensors, architecture, dtype, whose=f"{file}, by {path / CONFIG}", remedy=remedy)
     except UserError as error:
         problems.append(str(error))
     if problems:
         raise UserError("; ".join(problems))
-    return Bundle(architecture, arrays, variant_of(architecture, folder.name), str(folder), tokenizer)
+    return Bundle(architecture, arrays, variant_of(architecture, path.name), str(path), tokenizer)
 
 
 def read_state_dict(path: Path, architecture: Architecture, dtype: DType | None = None) -> Bundle:
@@ -102,20 +100,20 @@ def read_state_dict(path: Path, architecture: Architecture, dtype: DType | None 
     """
     name = variant_of(_with_quick_gelu(architecture), "")
     remedy = f"say activation='quick_gelu'{f' or variant={name!r}' if name else ''}"
-    arrays = _arrays(_read_file(path), architecture, dtype, whose=str(path), remedy=remedy)
+    arrays = _arrays(read_file(path), architecture, dtype, whose=str(path), remedy=remedy)
     return Bundle(architecture, arrays, variant_of(architecture, path.stem), str(path))
 
 
-def write(folder: Path, bundle: Bundle) -> None:
+def write(path: Path, bundle: Bundle) -> None:
     """Writes the model as a folder that OpenCLIP opens as "local-dir:FOLDER", in the bundle's dtypes.
 
     Raises:
         UserError: what the format cannot hold, all of it; or a folder that cannot be written.
     """
     config = config_of(bundle.architecture)
-    texts = {CONFIG: json.dumps(config, indent=2).encode() + b"\n"} | tokenizer_files.files(bundle, "open_clip")
+    texts = {CONFIG: json.dumps(config, indent=2) + "\n"} | tokenizer_files.files(bundle, "open_clip")
     rules = rules_of(bundle.architecture, custom_text=config["model_cfg"].get("custom_text", False))
-    _write_folder(folder, texts, TENSORS, export_tensors(rules, bundle.arrays))
+    folder.write(path, texts, TENSORS, export_tensors(rules, bundle.arrays), replaces=is_folder(path))
 
 
 def rules_of(architecture: Architecture, *, custom_text: bool) -> tuple[Rule, ...]:
@@ -132,14 +130,14 @@ def _arrays(
     """Returns our arrays, filled from a file's tensors; `remedy`: how to say that they are computed with QuickGELU."""
     weights = {name: x for name, x in tensors.items() if not re.fullmatch(IGNORED, name)}
     try:
-        if weights.keys() >= OPENAI_NUMBERS:
+        if weights.keys() >= openai.NUMBERS:
             if architecture != _with_quick_gelu(architecture):
                 raise UserError(
-                    f"these weights are OpenAI's ({', '.join(sorted(OPENAI_NUMBERS))} are among them), trained with "
+                    f"these weights are OpenAI's ({', '.join(sorted(openai.NUMBERS))} are among them), trained with "
                     f"QuickGELU; computed with another GELU ({architecture.text.activation!r}) they lose several "
                     f"points of accuracy, and nothing says so: {remedy}"
                 )
-            weights = {name: x for name, x in weights.items() if name not in OPENAI_NUMBERS}
+            weights = {name: x for name, x in weights.items() if name not in openai.NUMBERS}
         scalars = {rule.source for rule in SCALARS}  # some have been trained as vectors of one element
         weights = {name: x.reshape(()) if name in scalars and x.size == 1 else x for name, x in weights.items()}
         rules = rules_of(architecture, custom_text="text.positional_embedding" in weights)
@@ -155,26 +153,3 @@ def _with_quick_gelu(architecture: Architecture) -> Architecture:
         for name, tower in towers.items()
     }
     return dataclasses.replace(architecture, **quick)
-
-
-# --- until clip_jax/weights/{tensors,folder}.py are merged ---
-
-
-def _read_file(path: Path) -> dict[str, np.ndarray]:
-    return read_safetensors(path) if path.suffix == ".safetensors" else archive.read(path)
-
-
-def _read_first(folder: Path, names: Sequence[str]) -> tuple[dict[str, np.ndarray], Path]:
-    path = next((folder / name for name in names if os.path.lexists(folder / name)), None)
-    if path is None:
-        raise UserError(f"{folder} has no weights: none of {', '.join(names)}")
-    return _read_file(path), path
-
-
-def _write_folder(path: Path, texts: Mapping[str, bytes], tensors_name: str, tensors: dict[str, np.ndarray]) -> None:
-    with contextlib.ExitStack() as files:
-        temporaries = {name: files.enter_context(whole(path / name)) for name in texts}
-        for name, temporary in temporaries.items():
-            temporary.write_bytes(texts[name])
-        _save(files.enter_context(whole(path / tensors_name)), tensors)
-        (path / next(iter(texts))).unlink(missing_ok=True)

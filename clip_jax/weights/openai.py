@@ -22,6 +22,9 @@ from clip_jax.weights.bundle import Bundle, variant_of
 from clip_jax.weights.mapping import DType, Rule, export_tensors, flatten, import_tensors
 
 HEAD_WIDTH = 64
+NUMBERS = {"input_resolution", "context_length", "vocab_size"}  # which lie among the tensors of OpenAI's files
+# How a project's own transform treats images that are not RGB, and half a pixel: no part of a model.
+PEERS_OWN = ("preprocess.rgb_first", "preprocess.crop_floor")
 MLP_RATIO = 4
 
 CONV = "F D H W -> H W D F"
@@ -124,6 +127,12 @@ def read(path: Path, dtype: DType | None = None) -> Bundle:
         UserError: not such a file, a damaged one, or tensors that are not those of a CLIP; all of them.
     """
     tensors = {name: x for name, x in archive.read(path).items() if not _is_ignored(name)}
+    if not NUMBERS & tensors.keys() and not archive.is_torchscript(path):
+        raise UserError(
+            f"{path}: a state dict does not say how it was trained: OpenAI's models compute QuickGELU, OpenCLIP's most "
+            "often GELU, and the wrong one costs accuracy without an error; give its variant, such as 'ViT-B/32' "
+            "(OpenAI's) or 'ViT-B-32' (OpenCLIP's)"
+        )
     try:
         architecture = architecture_of(tensors)
         weights = {name: x for name, x in tensors.items() if name not in _numbers(architecture)}
@@ -148,17 +157,13 @@ def write(path: Path, bundle: Bundle) -> None:
     archive.write(path, state_dict(bundle))
 
 
-def state_dict(bundle: Bundle) -> dict[str, np.ndarray]:
+def state_dict(bundle: Bundle) -> Mapping[str, np.ndarray]:
     """Returns the tensors of a model by OpenAI's names, the three numbers among them.
 
     Raises:
         UserError: what the format cannot hold, all of it.
     """
-    if lost := _lost(bundle.architecture):
-        raise UserError(
-            f"OpenAI's format cannot hold {bundle.variant}: it stores no settings, and its reader would take "
-            f"{'; '.join(lost)}; choose another format"
-        )
+    check_held(bundle.architecture)
     numbers = {name: np.array(n, np.int64) for name, n in _numbers(bundle.architecture).items()}
     return numbers | export_tensors(RULES, bundle.arrays)
 
@@ -209,6 +214,18 @@ def _shapes_of(tensors: Mapping[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
     return fits
 
 
+def check_held(architecture: Architecture) -> None:
+    """Raises UserError when a reader of the format would take something for something else; lists all of it.
+
+    How images and texts are prepared is no part of the format: its reader does what OpenAI's does.
+    """
+    if lost := _lost(architecture):
+        raise UserError(
+            f"OpenAI's format cannot hold this model: it stores no settings, and its reader would take "
+            f"{'; '.join(lost)}; choose another format"
+        )
+
+
 def _lost(architecture: Architecture) -> list[str]:
     """Returns what a reader of the format would take for something else, with both values."""
     image, text = architecture.image, architecture.text
@@ -224,7 +241,9 @@ def _lost(architecture: Architecture) -> list[str]:
         return [str(error)]
     values = {where: value for where, _, value in leaves(seen)}
     return [
-        f"{where}={values[where]!r} for {value!r}" for where, _, value in leaves(architecture) if values[where] != value
+        f"{where}={values[where]!r} for {value!r}"
+        for where, _, value in leaves(architecture)
+        if values[where] != value and where not in PEERS_OWN
     ]
 
 

@@ -12,8 +12,10 @@ from absl import flags
 from PIL import Image
 
 from clip_jax import tokenizer
+from clip_jax.architecture import Preprocess
 from clip_jax.data.pipeline import Order, TrainingPairs, evaluation_batches, randomness, training_batches
 from clip_jax.data.sources import Record, open_source
+from clip_jax.data.transforms import random_crop
 from clip_jax.errors import UserError
 from clip_jax.typing import Batch
 
@@ -53,6 +55,7 @@ def pairs_of(source, *, seed: int = 0, rows=range(GLOBAL), first: int = 0, steps
         global_batch=GLOBAL,
         rows=rows,
         image_size=8,
+        preprocess=Preprocess(),
         context_length=10,
         crop_scale=(0.3, 1.0),
     )
@@ -193,12 +196,25 @@ def test_an_image_that_cannot_be_decoded_is_a_black_pair_that_is_not_valid_and_a
         np.testing.assert_array_equal(batch.image, np.where(bad[:, None, None, None], 0, whole.image))
 
 
+def test_training_crops_as_the_models_preprocessing_says():
+    source, way = Memory(20), Preprocess(interpolation="bilinear")
+    pairs = dataclasses.replace(pairs_of(source), preprocess=way)
+    for i in range(5):
+        epoch, index = pairs.order[i]
+        random = randomness(pairs.order.seed, epoch, index)
+        random.integers(3)  # the caption
+        image = Image.open(io.BytesIO(source[index].image))
+        expected = random_crop(image, 8, way, scale=pairs.crop_scale, random=random)
+        np.testing.assert_array_equal(pairs[i].image, expected)
+        assert (pairs[i].image != pairs_of(source)[i].image).any()
+
+
 # --- evaluation ---
 
 
 def test_evaluation_reads_every_record_once_in_order():
     source = Memory(10)
-    batches = list(evaluation_batches(source, image_size=8, batch=4))
+    batches = list(evaluation_batches(source, image_size=8, preprocess=Preprocess(), batch=4))
     assert [images.shape for images, _ in batches] == [(4, 8, 8, 3), (4, 8, 8, 3), (2, 8, 8, 3)]
     assert [record for _, part in batches for record in part] == [source[i] for i in range(10)]
     assert all(image.any() for images, _ in batches for image in images)
@@ -206,11 +222,13 @@ def test_evaluation_reads_every_record_once_in_order():
 
 @pytest.mark.parametrize("batch", [1, 3, 10, 64])
 def test_evaluation_does_not_depend_on_the_batch(batch):
-    found = [images for images, _ in evaluation_batches(Memory(10), image_size=8, batch=batch)]
-    reference = [images for images, _ in evaluation_batches(Memory(10), image_size=8, batch=10)]
+    found = [images for images, _ in evaluation_batches(Memory(10), image_size=8, preprocess=Preprocess(), batch=batch)]
+    reference = [
+        images for images, _ in evaluation_batches(Memory(10), image_size=8, preprocess=Preprocess(), batch=10)
+    ]
     np.testing.assert_array_equal(np.concatenate(found), np.concatenate(reference))
 
 
 def test_evaluation_of_an_image_that_cannot_be_read_names_it():
     with pytest.raises(UserError, match="image 6 of memory:train cannot be read"):
-        list(evaluation_batches(Memory(10, damaged=(6,)), image_size=8, batch=4))
+        list(evaluation_batches(Memory(10, damaged=(6,)), image_size=8, preprocess=Preprocess(), batch=4))

@@ -8,14 +8,12 @@ import contextlib
 import io
 import itertools
 import warnings
-from collections.abc import Mapping
-from types import MappingProxyType
-from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from oracles import openai_clip
+from pictures import KINDS, MODES, SHAPES, compose, drawn, encoded
 from PIL import Image, ImageOps
 
 from clip_jax.architecture import Preprocess
@@ -23,39 +21,7 @@ from clip_jax.data import transforms
 from clip_jax.errors import UserError
 from clip_jax.models.clip import normalise_pixels
 
-# Width and height, and the sizes they are brought to: equal, larger and smaller, the difference odd and even.
-SHAPES = {
-    **{(224, 224): (224, 40), (288, 401): (288, 16), (97, 40): (40, 224), (16, 17): (16, 40), (640, 427): (224, 16)},
-    **{(300, 701): (40, 288), (225, 448): (224, 16), (97, 64): (40, 16), (51, 7): (16, 336), (2, 9): (40, 16)},
-    **{(3, 2): (224, 16), (1, 1): (16, 40)},
-}
-MODES = ["RGB", "RGBX", "RGBA", "RGBa", "L", "LA", "P", "P + index", "P + bytes", "PA", "CMYK", "YCbCr", "LAB", "HSV"]
-MODES += ["1", "I;16", "I;16L", "I;16B", "I;16N", "I", "F"]
-
-
-def drawn(mode: str, width: int, height: int, seed: int = 0) -> Image.Image:
-    """Returns gradients with sharp edges and noise; a palette's colours may be transparent, by "index" or "bytes"."""
-    random = np.random.default_rng([seed, width, height])
-    mode, _, transparency = mode.partition(" + ")
-    x, y = np.meshgrid(np.arange(width), np.arange(height))
-    bands = np.uint8((x * 3 + y * 5)[..., None] * [1, 2, 3, 5] + random.integers(0, 40, (height, width, 4)) & 255)
-    if mode.startswith("I;16"):
-        return Image.frombytes(mode, (width, height), random.integers(0, 2**16, (height, width), np.uint16).tobytes())
-    if mode == "I":
-        return Image.fromarray(random.integers(-100, 1000, (height, width), np.int32))
-    if mode == "F":
-        return Image.fromarray(np.float32(random.uniform(-100, 400, (height, width))))
-    if mode == "LAB":
-        return Image.frombytes(mode, (width, height), bands[..., :3].tobytes())
-    image = Image.fromarray(bands, "RGBA")
-    if mode in ("RGBA", "RGBa", "LA", "La"):
-        return image.convert("LA").convert("La") if mode == "La" else image.convert(mode)
-    if mode not in ("P", "PA"):
-        return image.convert("RGB").convert(mode)
-    image = image.convert("RGB").quantize(32, Image.Quantize.FASTOCTREE).convert(mode)
-    if transparency:
-        image.info["transparency"] = {"index": 3, "bytes": bytes(range(0, 256, 8))}[transparency]
-    return image
+OPENAI = Preprocess()
 
 
 @contextlib.contextmanager
@@ -70,15 +36,9 @@ def original(size: int):
         yield lambda image: compose(to_rgb, image), lambda image: compose((to_tensor, normalise), image)
 
 
-def compose(steps, image):
-    for step in steps:
-        image = step(image)
-    return image
-
-
 def assert_original(image: Image.Image, size: int, ours: Image.Image | None = None) -> None:
     """Asserts equal pixels in uint8, and as the tower gets them within 1e-6, four units of float32's last place."""
-    pixels_HWC = transforms.evaluation_crop(image if ours is None else ours, size)
+    pixels_HWC = transforms.evaluation_crop(image if ours is None else ours, size, OPENAI)
     what = f"{image.mode} of {image.width} × {image.height} to {size}"
     with original(size) as (to_rgb, to_float):
         rgb = to_rgb(image)
@@ -87,7 +47,7 @@ def assert_original(image: Image.Image, size: int, ours: Image.Image | None = No
         if size > 100:  # for time: from RGB on each value is treated for itself, and one test has them all
             return
         floats_HWC = to_float(rgb).permute(1, 2, 0).numpy()
-    found_HWC = normalise_pixels(jnp.asarray(pixels_HWC)[None], Preprocess())[0]
+    found_HWC = normalise_pixels(jnp.asarray(pixels_HWC)[None], OPENAI)[0]
     np.testing.assert_allclose(found_HWC, floats_HWC, rtol=0, atol=1e-6, err_msg=what)
 
 
@@ -125,80 +85,18 @@ def test_an_image_enlarged_in_strips_is_the_one_enlarged_whole(mode, monkeypatch
             whole = np.asarray(to_rgb(image))
         for pixels in (1, 1500, 5000):
             monkeypatch.setattr(transforms, "STRIP_PIXELS", pixels)
-            np.testing.assert_array_equal(transforms.evaluation_crop(image, size), whole)
+            np.testing.assert_array_equal(transforms.evaluation_crop(image, size, OPENAI), whole)
 
 
 def test_the_image_given_is_left_as_it_was():
     for mode, size in itertools.product(MODES, (16, 20, 40)):
         image = drawn(mode, 20, 30)
         content, info = image.tobytes(), dict(image.info)
-        transforms.evaluation_crop(image, size)
+        transforms.evaluation_crop(image, size, OPENAI)
         assert (image.mode, image.size, image.tobytes(), image.info) == (mode.split()[0], (20, 30), content, info)
 
 
 # --- in files ---
-
-
-class Kind(NamedTuple):
-    """A kind of file, and what PIL has to read from it for the test to be about what its name says."""
-
-    format: str
-    drawn: str  # the mode it is drawn in, and read in
-    options: Mapping[str, Any] = MappingProxyType({})
-    frames: int = 1
-    orientation: int = 1
-
-
-KINDS = {
-    "PNG": Kind("PNG", "RGB"),
-    "PNG, RGBA": Kind("PNG", "RGBA"),
-    "PNG, grey": Kind("PNG", "L"),
-    "PNG, grey with alpha": Kind("PNG", "LA"),
-    "PNG, grey with one transparent": Kind("PNG", "L", options={"transparency": 90}),
-    "PNG, a transparent colour": Kind("PNG", "RGB", options={"transparency": (9, 8, 7)}),
-    "PNG, palette": Kind("PNG", "P"),
-    "PNG, palette with one transparent": Kind("PNG", "P + index"),
-    "PNG, palette with alpha": Kind("PNG", "P + bytes"),
-    "PNG, 1-bit": Kind("PNG", "1"),
-    "PNG, 16-bit": Kind("PNG", "I;16"),
-    "PNG, animated": Kind("PNG", "RGBA", frames=3),
-    "JPEG": Kind("JPEG", "RGB", options={"quality": 90}),
-    "JPEG, grey": Kind("JPEG", "L"),
-    "JPEG, CMYK": Kind("JPEG", "CMYK"),
-    "JPEG, progressive": Kind("JPEG", "RGB", options={"progressive": True}),
-    **{f"JPEG, EXIF orientation {i}": Kind("JPEG", "RGB", orientation=i) for i in (2, 3, 6, 8)},
-    "JPEG 2000": Kind("JPEG2000", "RGBA"),
-    "GIF": Kind("GIF", "P"),
-    "GIF, transparent": Kind("GIF", "P + index"),
-    "GIF, animated": Kind("GIF", "P", frames=3),
-    "GIF, animated, transparent": Kind("GIF", "P + index", frames=3),
-    "WebP": Kind("WEBP", "RGB"),
-    "WebP, alpha": Kind("WEBP", "RGBA", options={"lossless": True}),
-    "WebP, animated": Kind("WEBP", "RGB", frames=3),
-    "WebP, EXIF orientation": Kind("WEBP", "RGB", orientation=6),
-    "BMP": Kind("BMP", "RGB"),
-    "BMP, palette": Kind("BMP", "P"),
-    "BMP, 1-bit": Kind("BMP", "1"),
-    "TIFF": Kind("TIFF", "RGB", options={"compression": "tiff_lzw"}),
-    "TIFF, 16-bit": Kind("TIFF", "I;16"),
-    "TIFF, CMYK": Kind("TIFF", "CMYK"),
-    "TIFF, Lab": Kind("TIFF", "LAB"),
-    "TIFF, float": Kind("TIFF", "F"),
-    "TIFF, EXIF orientation": Kind("TIFF", "RGB", orientation=6),
-}
-
-
-def encoded(kind: Kind, width: int, height: int) -> bytes:
-    images = [drawn(kind.drawn, width, height, seed) for seed in range(kind.frames)]
-    options = {**kind.options}
-    if kind.orientation != 1:
-        options["exif"] = exif = Image.Exif()
-        exif[0x0112] = kind.orientation
-    if kind.frames > 1:
-        options |= {"save_all": True, "append_images": images[1:]}
-    file = io.BytesIO()
-    images[0].save(file, kind.format, **options)
-    return file.getvalue()
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
@@ -220,8 +118,8 @@ def test_a_file_is_of_the_kind_that_its_name_says(kind):
 
 def test_an_orientation_is_left_alone_as_the_original_does():
     image = transforms.decode(encoded(KINDS["JPEG, EXIF orientation 6"], 40, 40))
-    upright = transforms.evaluation_crop(ImageOps.exif_transpose(image), 40)
-    assert (transforms.evaluation_crop(image, 40) != upright).any()
+    upright = transforms.evaluation_crop(ImageOps.exif_transpose(image), 40, OPENAI)
+    assert (transforms.evaluation_crop(image, 40, OPENAI) != upright).any()
 
 
 # --- what cannot be prepared ---
@@ -230,7 +128,7 @@ def test_an_orientation_is_left_alone_as_the_original_does():
 def test_a_mode_that_the_original_cannot_convert_is_named():
     for size in (16, 20, 40):
         with pytest.raises(UserError, match=r"mode 'La' cannot be prepared: .*; convert it to RGB"):
-            transforms.evaluation_crop(drawn("La", 20, 30), size)
+            transforms.evaluation_crop(drawn("La", 20, 30), size, OPENAI)
         with original(size) as (to_rgb, _), pytest.raises(ValueError, match="La"):
             to_rgb(drawn("La", 20, 30))
 
@@ -239,7 +137,7 @@ def test_a_mode_that_the_original_cannot_convert_is_named():
 def test_an_image_without_pixels_is_refused_as_the_original_does(shape):
     image = Image.new("RGB", shape)
     with pytest.raises(UserError, match=f"{shape[0]} × {shape[1]} pixels cannot be prepared"):
-        transforms.evaluation_crop(image, 16)
+        transforms.evaluation_crop(image, 16, OPENAI)
     with original(16) as (to_rgb, _), pytest.raises(ZeroDivisionError):
         to_rgb(image)
 
@@ -249,4 +147,4 @@ def test_the_narrowest_image_of_a_jpeg_is_the_narrowest_allowed():
     assert_original(drawn("RGB", 65_535, 1), 8)
     for shape in [(1, 65_536), (65_536, 1)]:
         with pytest.raises(UserError, match=r"sides must be within 1 : 65535"):
-            transforms.evaluation_crop(Image.new("1", shape), 8)
+            transforms.evaluation_crop(Image.new("1", shape), 8, OPENAI)

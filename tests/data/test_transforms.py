@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from clip_jax.architecture import Preprocess
 from clip_jax.data import transforms
 
+OPENAI = Preprocess()
 MODES = ("RGB", "L", "P", "RGBA", "1", "CMYK", "LA")
 
 
@@ -35,8 +37,8 @@ def test_both_crops_give_uint8_rgb_squares_of_any_mode(mode):
     for width, height in [(40, 25), (16, 16), (1, 9)]:
         image = picture(random, width, height, mode)
         crops = (
-            transforms.evaluation_crop(image, 16),
-            transforms.random_crop(image, 16, scale=(0.2, 1.0), random=random),
+            transforms.evaluation_crop(image, 16, OPENAI),
+            transforms.random_crop(image, 16, OPENAI, scale=(0.2, 1.0), random=random),
         )
         for crop in crops:
             assert crop.shape == (16, 16, 3)
@@ -51,7 +53,7 @@ def places(width: int, height: int) -> Image.Image:
 
 def crop_of(image: Image.Image, scale: tuple[float, float], seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns (left, top) and (width, height) of a random crop, as shares of the image, to about 1 %."""
-    pixels = transforms.random_crop(image, 64, scale=scale, random=np.random.default_rng(seed)) / 255
+    pixels = transforms.random_crop(image, 64, OPENAI, scale=scale, random=np.random.default_rng(seed)) / 255
     low, high = pixels.min(axis=(0, 1))[:2], pixels.max(axis=(0, 1))[:2]
     return low, (high - low) * 64 / 63  # from the centres of the outer pixels to their edges
 
@@ -81,14 +83,23 @@ def test_a_share_that_the_shorter_side_cannot_give_is_cut_to_the_largest_square(
 
 def test_scale_one_of_a_square_is_the_whole_image_resized():
     image = picture(np.random.default_rng(1), 50, 50)
-    found = transforms.random_crop(image, 16, scale=(1.0, 1.0), random=np.random.default_rng(0))
+    found = transforms.random_crop(image, 16, OPENAI, scale=(1.0, 1.0), random=np.random.default_rng(0))
     np.testing.assert_array_equal(found, np.asarray(image.resize((16, 16), Image.Resampling.BICUBIC)))
+
+
+def test_a_random_crop_is_made_with_the_models_interpolation_on_its_background():
+    image, every = picture(np.random.default_rng(1), 50, 50, "RGBA"), {"scale": (1.0, 1.0)}
+    for preprocess in (Preprocess(interpolation="bilinear"), Preprocess(interpolation="bilinear", rgb_first=True)):
+        found = transforms.random_crop(image, 16, preprocess, random=np.random.default_rng(0), **every)
+        rgb = transforms.on_white(image) if preprocess.rgb_first else image.convert("RGB")
+        np.testing.assert_array_equal(found, np.asarray(rgb.resize((16, 16), Image.Resampling.BILINEAR)))
 
 
 def test_the_same_stream_gives_the_same_crop():
     image = picture(np.random.default_rng(2), 60, 40)
     one, again, other = (
-        transforms.random_crop(image, 16, scale=(0.2, 1.0), random=np.random.default_rng(seed)) for seed in (3, 3, 4)
+        transforms.random_crop(image, 16, OPENAI, scale=(0.2, 1.0), random=np.random.default_rng(seed))
+        for seed in (3, 3, 4)
     )
     np.testing.assert_array_equal(one, again)
     assert (one != other).any()

@@ -17,7 +17,7 @@ import pytest
 from oracles import require
 
 from clip_jax.errors import UserError
-from clip_jax.weights import archive
+from clip_jax.weights import archive, pickles
 
 DTYPES = [np.float32, np.float16, ml_dtypes.bfloat16, np.float64, np.int64, np.int32, np.int16, np.int8, np.uint8, bool]
 
@@ -210,7 +210,7 @@ def test_a_pickle_whose_objects_multiply_when_walked_is_refused(tmp_path):
         archive.read(pickled(tmp_path / "bomb.pt", pickle.dumps(tree, protocol=2)))
 
 
-NAMED = {name: f"c{module}\n{name}\n".encode() for module, name in archive.KNOWN} | {
+NAMED = {name: f"c{module}\n{name}\n".encode() for module, name in pickles.KNOWN} | {
     "FloatStorage": b"ctorch\nFloatStorage\n",
     "Module": b"c__torch__.nn\nModule\n",
 }

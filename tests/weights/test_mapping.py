@@ -1,5 +1,7 @@
 """A table of weights is read both ways, and whatever it does not cover is said at once."""
 
+import weakref
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -10,6 +12,7 @@ from clip_jax.architecture import Architecture, ResNetTower, TextTower
 from clip_jax.errors import UserError
 from clip_jax.models.clip import Definition, Weights
 from clip_jax.weights.mapping import Rule, export_tensors, flatten, import_tensors, source_shapes, unflatten
+from clip_jax.weights.streaming import Lazy
 
 RULES = (
     Rule("scale", "scale", "->"),
@@ -41,6 +44,12 @@ THEIRS = {
     "layer2.1.seen": (),
     "layer2.2.seen": (),
 }
+
+
+def apart(*places: str) -> list[Rule]:
+    """Returns rules for tensors that fill these places of queries, keys and values."""
+    patterns = ("(N K) D -> D N K", "(T N K) D -> D T N K")
+    return [Rule(f"{{i}}.{x}", f"blocks/qkv/kernel[i, :, {x}]", patterns[":" in x]) for x in places]
 
 
 def tensors_of(dtype) -> dict[str, np.ndarray]:
@@ -100,6 +109,80 @@ def test_a_part_of_an_array_can_come_from_each_of_several_names():
         assert arrays["kernel"][i, d, t, n, k] == tensors[f"{i}.{'qkv'[t]}"][n * 3 + k, d]
     back = export_tensors(rules, arrays)
     assert all(np.array_equal(back[name], x) for name, x in tensors.items())
+
+
+def test_a_slice_of_an_array_can_come_from_one_name():
+    rules = [
+        Rule("q.weight", "kernel[:, 0]", "(N K) D -> D N K"),
+        Rule("kv.weight", "kernel[:, 1:]", "(T N K) D -> D T N K"),
+        Rule("{i}.qk", "blocks/kernel[i, :, :2]", "(T N K) D -> D T N K"),
+        Rule("{i}.v", "blocks/kernel[i, :, 2]", "(N K) D -> D N K"),
+    ]
+    shapes = {
+        "kernel": jax.ShapeDtypeStruct((6, 3, 2, 3), jnp.float32),
+        "blocks/kernel": jax.ShapeDtypeStruct((2, 6, 3, 2, 3), jnp.float32),
+    }
+    expected = {"q.weight": (6, 6), "kv.weight": (12, 6)}
+    expected |= {f"{i}.{name}": shape for i in range(2) for name, shape in (("qk", (12, 6)), ("v", (6, 6)))}
+    assert source_shapes(rules, shapes) == expected
+    rng = np.random.default_rng(0)
+    tensors = {name: rng.normal(size=shape) for name, shape in expected.items()}
+    arrays = import_tensors(rules, tensors, shapes)
+    for d, t, n, k in np.ndindex(6, 3, 2, 3):
+        q_kv = tensors["q.weight"] if t == 0 else tensors["kv.weight"][(t - 1) * 6 :]
+        assert arrays["kernel"][d, t, n, k] == q_kv[n * 3 + k, d]
+        qk_v = tensors["1.v"] if t == 2 else tensors["1.qk"][t * 6 :]
+        assert arrays["blocks/kernel"][1, d, t, n, k] == qk_v[n * 3 + k, d]
+    back = export_tensors(rules, arrays)
+    assert all(np.array_equal(back[name], x) for name, x in tensors.items())
+
+
+def test_a_scalar_of_theirs_may_be_a_vector_of_one():
+    rules = [Rule("scale", "scale", "1 ->"), Rule("{i}.scale", "scales[i]", "1 1 ->"), Rule("p", "p", "1 P D -> P D")]
+    shapes = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in (("scale", ()), ("scales", (2,)))}
+    shapes["p"] = jax.ShapeDtypeStruct((2, 3), jnp.float32)
+    assert source_shapes(rules, shapes) == {"scale": (1,), "0.scale": (1, 1), "1.scale": (1, 1), "p": (1, 2, 3)}
+    tensors = {name: np.random.rand(*shape) for name, shape in source_shapes(rules, shapes).items()}
+    arrays = import_tensors(rules, tensors, shapes)
+    assert arrays["scale"].shape == ()
+    assert arrays["scale"] == tensors["scale"][0]
+    np.testing.assert_array_equal(arrays["scales"], [tensors["0.scale"][0, 0], tensors["1.scale"][0, 0]])
+    np.testing.assert_array_equal(arrays["p"], tensors["p"][0])
+    back = export_tensors(rules, arrays)
+    assert {name: x.tolist() for name, x in back.items()} == {name: x.tolist() for name, x in tensors.items()}
+
+
+def test_nothing_is_made_before_it_is_asked_for_and_what_was_made_is_not_kept():
+    tensors = tensors_of(np.float32)
+    arrays = import_tensors(RULES, tensors, SHAPES)
+    assert {path: (x.shape, x.dtype) for path, x in arrays.specs.items()} == {
+        path: (like.shape, like.dtype) for path, like in SHAPES.items()
+    }
+    tensors["blocks.1.mlp.weight"][:] = 7  # is seen: nothing was read yet
+    made = arrays["blocks/mlp/kernel"]
+    assert (made[1] == 7).all()
+    gone = weakref.ref(made.base)
+    del made
+    assert gone() is None
+    with pytest.raises(KeyError):
+        arrays["blocks"]
+
+
+def test_each_of_our_arrays_is_made_once_for_all_that_is_cut_out_of_it():
+    tensors, asked = tensors_of(np.float32), []
+    arrays = import_tensors(RULES, tensors, SHAPES)
+
+    def make(paths):
+        asked.extend(paths)
+        yield from (arrays[path] for path in paths)
+
+    back = export_tensors(RULES, Lazy(arrays.specs, [([path], make) for path in arrays]))
+    assert {name: x.shape for name, x in back.specs.items()} == THEIRS
+    pairs = back.items()
+    asked.clear()  # beartype has looked at some
+    for name, x in pairs:
+        np.testing.assert_array_equal(x, tensors[name])
+    assert sorted(asked) == sorted(SHAPES)
 
 
 def test_floats_come_in_the_dtype_asked_for_and_integers_in_ours():
@@ -169,9 +252,11 @@ def test_a_count_that_ours_cannot_hold_is_refused_and_never_wraps(count, fits):
     [
         (RULES[:-1], "do not fill, or fill twice: stage2/rest/count"),
         ((*RULES, Rule("scale", "scale", "->")), "two rules take the same name"),
-        ((*RULES, Rule("temperature", "scale", "->")), "two names fill the same part"),
+        ((*RULES, Rule("temperature", "scale", "->")), "do not fill, or fill twice: scale"),
         ((*RULES[1:], Rule("scale", "scale[i]", "->")), "zip"),
         ((Rule("{i}.q", "blocks/mlp/kernel[i, 0]", "F -> F"), *RULES[:2], *RULES[3:]), "blocks/mlp/kernel"),
+        ((*RULES[:1], *apart("0", "1:3", "2"), *RULES[2:]), "fill twice: blocks/qkv/kernel"),
+        ((*RULES[:1], *apart("0", "0:2"), *RULES[2:]), "fill twice: blocks/qkv/kernel"),  # as many as there are
     ],
 )
 def test_a_table_that_does_not_fill_our_arrays_exactly_once_is_our_mistake(rules, words):
@@ -184,8 +269,12 @@ def test_rules_that_match_none_of_our_arrays_are_fine():
     assert source_shapes((*RULES, Rule("head.weight", "head/kernel", "V D -> D V")), SHAPES) == THEIRS
 
 
-def test_imported_floats_lie_as_in_their_file_and_jax_takes_them_so_without_a_copy():
-    arrays = import_tensors(RULES, tensors_of(np.float16), SHAPES, np.float32)
+@pytest.mark.parametrize("qkv", [RULES[1:2], apart("0", "1", "2"), apart("0", "1:")], ids=["one", "q k v", "q kv"])
+def test_imported_floats_lie_as_in_their_file_and_jax_takes_them_so_without_a_copy(qkv):
+    rules = (*RULES[:1], *qkv, *RULES[2:])
+    tensors = {name: np.zeros(shape, np.float32) for name, shape in source_shapes(rules, SHAPES).items()}
+    tensors = {name: x.astype(np.int64) if name.endswith("seen") else x for name, x in tensors.items()}
+    arrays = import_tensors(rules, tensors, SHAPES)
     for path, x in arrays.items():
         assert x.ctypes.data % 64 == 0, path
     kernel = arrays["blocks/qkv/kernel"].transpose(0, 2, 3, 4, 1)  # (T N K) D

@@ -1,17 +1,16 @@
-"""CLIP's tokenizer: text to ids and back, with exactly the ids of OpenAI's, for any Unicode.
+"""CLIP's own tokenizer: text to ids and back, with exactly the ids of OpenAI's, for any Unicode.
 
 Being exact decides how this is built. Words are found by the `regex` package, as in OpenAI's code, since engines
 differ in what they call a letter, in case folding (a long s after an apostrophe is an English ending) and in where a
 special token may start. Within a word the byte pairs are merged in Rust, by `tokenizers`, which cannot differ: no two
 merges of this table make the same symbol, and none comes before the merges that make its parts. Speed comes from
-remembering words, and from not calling ftfy for text that it cannot change.
+remembering words.
 
 Everything is a module-level function, and the tables are built on first use, once a process: data workers may be
 forked or spawned.
 """
 
 import gzip
-import html
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from importlib import resources
@@ -19,11 +18,12 @@ from typing import TYPE_CHECKING, SupportsIndex
 
 import numpy as np
 
+from clip_jax.tokenizer.cleaning import cleaner
+from clip_jax.tokenizer.rows import check_room, fill, strings
+
 if TYPE_CHECKING:  # imported where they are used: `import clip_jax.tokenizer` costs nothing
     import regex
     from tokenizers.models import BPE
-
-__all__ = ["CONTEXT_LENGTH", "EOT", "SOT", "VOCAB_SIZE", "decode", "tokenize"]
 
 CONTEXT_LENGTH = 77
 VOCAB_SIZE = 49_408
@@ -32,6 +32,8 @@ EOT = 49_407  # <|endoftext|>, the largest id: pooling finds it by argmax
 
 _SPECIAL_TOKENS = {"<|startoftext|>": SOT, "<|endoftext|>": EOT}
 _WORD_END = "</w>"
+# A special token, an English ending, letters, one digit, or a run of the rest; in upper case or lower.
+WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 # The byte-level alphabet, in the order of the first 256 ids: bytes that print stand for themselves, and come first.
 _PRINTING = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _BYTES = _PRINTING + sorted(set(range(256)) - set(_PRINTING))
@@ -40,26 +42,21 @@ _BYTE_TO_SYMBOL = dict(zip(_BYTES, _SYMBOLS, strict=True))
 _SYMBOL_TO_BYTE = {ord(symbol): byte for byte, symbol in _BYTE_TO_SYMBOL.items()}
 
 
-def tokenize(texts: str | Sequence[str], context_length: int = CONTEXT_LENGTH, truncate: bool = False) -> np.ndarray:
+def tokenize(
+    texts: str | Sequence[str], context_length: int = CONTEXT_LENGTH, truncate: bool = False, *, clean: str = "lower"
+) -> np.ndarray:
     """Returns the ids, int32 [n, context_length]: SOT, the text, EOT, then zeros; one string makes one row.
 
     A text that is too long raises RuntimeError, in OpenAI's words, or loses its end (but keeps EOT) if `truncate`.
-    A special token written out in a text becomes that token's id, as with OpenAI's.
+    A special token written out in a text becomes that token's id, as with OpenAI's. `clean` is one of
+    `CLEANING`; "lower" is OpenAI's.
     """
-    if context_length < 2:
-        raise ValueError(f"{context_length=} has no room for the start and end tokens: at least 2 (CLIP has 77)")
-    texts = [texts] if isinstance(texts, str) else list(texts)
-    ids_bL = np.zeros((len(texts), context_length), np.int32)
-    for i, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise TypeError(f"texts[{i}] is not a string but {type(text).__name__}: {text!r}")
-        ids = [SOT, *_encode(text), EOT]
-        if len(ids) > context_length:
-            if not truncate:
-                raise RuntimeError(f"Input {text} is too long for context length {context_length}")
-            ids[context_length - 1 :] = [EOT]
-        ids_bL[i, : len(ids)] = ids
-    return ids_bL
+    texts, clean_text = strings(texts), cleaner(clean)
+    check_room(context_length, num_special=2)
+    ids_b = [[SOT, *_encode(clean_text(text)), EOT] for text in texts]
+    if truncate:
+        ids_b = [ids if len(ids) <= context_length else [*ids[: context_length - 1], EOT] for ids in ids_b]
+    return fill(ids_b, texts, context_length)
 
 
 def decode(ids: Iterable[SupportsIndex]) -> str:
@@ -67,7 +64,7 @@ def decode(ids: Iterable[SupportsIndex]) -> str:
 
     Bytes that are not UTF-8 (a character cut in two) become U+FFFD; an id outside the vocabulary raises ValueError.
     """
-    ids, symbols = list(ids), _vocabulary()
+    ids, symbols = list(ids), vocabulary()
     unknown = [int(id) for id in ids if not 0 <= id < VOCAB_SIZE]
     if unknown:
         raise ValueError(f"ids run from 0 to {VOCAB_SIZE - 1}; not in the vocabulary: {unknown[:5]}")
@@ -76,22 +73,8 @@ def decode(ids: Iterable[SupportsIndex]) -> str:
 
 
 def _encode(text: str) -> list[int]:
-    """Returns the ids of a text of any length, without SOT and EOT."""
-    return [id for word in _word_pattern().findall(_clean(text)) for id in _encode_word(word)]
-
-
-def _clean(text: str) -> str:
-    """Returns the text with mojibake mended, HTML entities resolved, one space between words, in lower case."""
-    if not _is_plain(text):
-        import ftfy
-
-        text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    return " ".join(text.split()).lower()
-
-
-def _is_plain(text: str) -> bool:
-    """Returns whether neither ftfy nor html.unescape can change the text: printable ASCII without HTML entities."""
-    return text.isascii() and text.isprintable() and ("&" not in text or "&" not in text.replace("& ", ""))
+    """Returns the ids of a cleaned text of any length, without SOT and EOT."""
+    return [id for word in _word_pattern().findall(text) for id in _encode_word(word)]
 
 
 @lru_cache(maxsize=1 << 16)  # captions share their words; bounded, since a crawl of the web has no end of them
@@ -105,12 +88,10 @@ def _encode_word(word: str) -> tuple[int, ...]:
 
 @lru_cache(maxsize=1)
 def _word_pattern() -> "regex.Pattern":
-    """Returns what makes a word: a special token, an English ending, letters, one digit, or a run of the rest."""
+    """Returns what makes a word."""
     import regex
 
-    special = r"<\|startoftext\|>|<\|endoftext\|>"
-    endings = r"'s|'t|'re|'ve|'m|'ll|'d"
-    return regex.compile(rf"{special}|{endings}|\p{{L}}+|\p{{N}}|[^\s\p{{L}}\p{{N}}]+", regex.IGNORECASE)
+    return regex.compile(WORDS, regex.IGNORECASE)
 
 
 @lru_cache(maxsize=1)
@@ -118,21 +99,21 @@ def _byte_pairs() -> "BPE":
     """Returns the merger of byte pairs."""
     from tokenizers.models import BPE
 
-    ids = {symbol: id for id, symbol in enumerate(_vocabulary())}
-    return BPE(vocab=ids, merges=list(_merges()), end_of_word_suffix=_WORD_END)
+    ids = {symbol: id for id, symbol in enumerate(vocabulary())}
+    return BPE(vocab=ids, merges=list(merges()), end_of_word_suffix=_WORD_END)
 
 
 @lru_cache(maxsize=1)
-def _vocabulary() -> tuple[str, ...]:
+def vocabulary() -> tuple[str, ...]:
     """Returns every symbol in the order of its id: bytes, bytes that end a word, merges, special tokens."""
     endings = [symbol + _WORD_END for symbol in _SYMBOLS]
-    symbols = (*_SYMBOLS, *endings, *(left + right for left, right in _merges()), *_SPECIAL_TOKENS)
+    symbols = (*_SYMBOLS, *endings, *(left + right for left, right in merges()), *_SPECIAL_TOKENS)
     assert len(symbols) == VOCAB_SIZE, f"the merge table makes {len(symbols)} symbols instead of {VOCAB_SIZE}"
     return symbols
 
 
 @lru_cache(maxsize=1)
-def _merges() -> tuple[tuple[str, str], ...]:
+def merges() -> tuple[tuple[str, str], ...]:
     """Returns the pairs to merge, best first, from the package's asset (tools/make_bpe_merges.py made it)."""
     asset = resources.files("clip_jax") / "assets" / "clip_bpe_merges.txt.gz"
     _, *lines = gzip.decompress(asset.read_bytes()).decode().splitlines()

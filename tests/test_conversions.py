@@ -1,0 +1,174 @@
+"""Weights flow between all formats, and nothing is lost, taken for something else, or written by halves."""
+
+import dataclasses
+import itertools
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from oracles import open_clip, openai_clip, transformers
+
+import clip_jax
+from clip_jax import pretrained
+from clip_jax.architecture import Architecture, ResNetTower, TextTower, ViTTower
+from clip_jax.errors import UserError
+from clip_jax.models import variants
+from clip_jax.models.clip import Definition
+from clip_jax.pretrained import Asked, convert, read
+from clip_jax.weights import archive, openai, parity
+from clip_jax.weights.bundle import Bundle
+from clip_jax.weights.mapping import flatten
+
+TEXT = TextTower(77, 49408, width=64, depth=2, num_heads=1, mlp_dim=256)
+VIT = Architecture(32, ViTTower(32, 16, width=128, depth=3, num_heads=2, mlp_dim=512), TEXT)
+RESNET = Architecture(32, ResNetTower(32, width=8, depths=(1, 2, 1, 1), num_heads=4), TEXT)
+FORMATS = {"openai": openai_clip, "open_clip": open_clip, "huggingface": transformers}
+
+
+def drawn(architecture: Architecture, *, half: bool = True) -> Bundle:
+    """Returns random weights, in float16 what OpenAI's files have in it, and no part of them as it starts."""
+    random = np.random.default_rng(0)
+
+    def draw(name: str, like: jax.ShapeDtypeStruct) -> np.ndarray:
+        around_one = name.endswith(("variance", "scale"))
+        x = random.uniform(0.5, 1.5, like.shape) if around_one else 0.1 * random.normal(size=like.shape)
+        matrix = name.endswith(("kernel", "projection")) or (name.endswith("bias") and "norm" not in name)
+        return x.astype(np.int32 if like.dtype == np.int32 else np.float16 if half and matrix else np.float32)
+
+    shapes = flatten(Definition(architecture).shapes())
+    return Bundle(architecture, {name: draw(name, like) for name, like in shapes.items()}, "small", "random")
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("vit") / "vit.pt"
+    openai.write(path, drawn(VIT))
+    return path
+
+
+def test_from_openai_to_hugging_face_to_openclip_to_ours_and_back_is_bit_for_bit(vit, tmp_path):
+    way = [vit, *(tmp_path / name for name in ("huggingface", "open_clip", "clip_jax")), tmp_path / "openai.pt"]
+    for source, target in itertools.pairwise(way):
+        assert convert(source, target.stem, target)
+    assert way[-1].read_bytes() == vit.read_bytes()
+
+
+@pytest.mark.parametrize("target_format", [*FORMATS, "clip_jax"])
+@pytest.mark.parametrize("source_format", FORMATS)
+def test_what_is_written_is_checked_by_the_peers_own_loader(source_format, target_format, vit, tmp_path, capsys):
+    FORMATS[source_format if target_format == "clip_jax" else target_format]()
+    source = vit
+    if source_format != "openai":
+        source = tmp_path / source_format
+        convert(vit, source_format, source)
+    capsys.readouterr()
+    assert convert(source, target_format, tmp_path / "target", check=True), capsys.readouterr().out
+    printed = capsys.readouterr().out
+    for row in ("image block 2", "text block 1", "image features", "text features", "logits"):
+        assert f" {row} " in printed
+
+
+def test_a_resnet_goes_to_openclip_and_not_to_hugging_face(tmp_path):
+    open_clip()
+    openai.write(tmp_path / "rn.pt", drawn(RESNET))
+    assert convert(tmp_path / "rn.pt", "open_clip", tmp_path / "open_clip", check=True)
+    assert convert(tmp_path / "open_clip", "openai", tmp_path / "back.pt")
+    assert (tmp_path / "back.pt").read_bytes() == (tmp_path / "rn.pt").read_bytes()
+    with pytest.raises(UserError, match="ResNet"):
+        convert(tmp_path / "rn.pt", "huggingface", tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_wrong_number_is_beyond_the_bar_of_every_peer(vit, tmp_path):
+    for name, oracle in FORMATS.items():
+        oracle()
+        target = tmp_path / name
+        pretrained.WRITERS[name](target, read(vit))
+        original = read(vit)
+        changed = dict(original.arrays)
+        changed["text/blocks/mlp/up/bias"] = changed["text/blocks/mlp/up/bias"] + np.float16(1e-2)
+        expected = parity.reference(name, target, VIT)
+        rows = parity.compare(dataclasses.replace(original, arrays=changed), expected)
+        wrong = {row.name for row in rows if not row.holds}
+        assert wrong == {"text block 0", "text block 1", "text features", "logits"}
+
+
+# --- what the user wants of the weights ---
+
+
+@pytest.fixture
+def small_variants(monkeypatch) -> None:
+    """Puts the small model into the table, with both activations."""
+    towers = {"image": dataclasses.replace(VIT.image, activation="gelu")}
+    gelu = dataclasses.replace(VIT, **towers, text=dataclasses.replace(TEXT, activation="gelu"))
+    monkeypatch.setitem(variants.VARIANTS, "small-quickgelu", VIT)
+    monkeypatch.setitem(variants.VARIANTS, "small", gelu)
+
+
+def state_dict(path: Path, *, numbers: bool) -> Path:
+    """Writes the tensors as `torch.save` writes a state dict, with OpenAI's three numbers or without."""
+    tensors = openai.state_dict(drawn(VIT))
+    archive.write(path, tensors if numbers else {k: x for k, x in tensors.items() if k not in openai.NUMBERS})
+    return path
+
+
+def test_a_lone_state_dict_must_be_told_its_variant(small_variants, tmp_path):
+    path = state_dict(tmp_path / "plain.pt", numbers=False)
+    with pytest.raises(UserError, match=r"QuickGELU.*give its variant, such as 'ViT-B/32'"):
+        read(path)
+    for name in ("small", "small-quickgelu"):
+        assert read(path, Asked(variant=name)).architecture == variants.VARIANTS[name]
+
+
+def test_quickgelu_weights_are_not_computed_with_gelu_unless_one_insists(small_variants, tmp_path):
+    path = state_dict(tmp_path / "openai.pt", numbers=True)
+    assert read(path, Asked(variant="small-quickgelu")).architecture == VIT
+    with pytest.raises(UserError, match=r"(?s)QuickGELU.*GELU.*activation"):
+        read(path, Asked(variant="small"))
+    insisted = read(path, Asked(variant="small", activation="quick_gelu"))
+    assert insisted.architecture == VIT
+    assert read(path, Asked(activation="gelu")).architecture == variants.VARIANTS["small"]
+
+
+@pytest.mark.parametrize("folder_format", ["open_clip", "huggingface", "clip_jax"])
+def test_a_folders_activation_is_checked_against_the_variant(folder_format, small_variants, vit, tmp_path):
+    convert(vit, folder_format, tmp_path / "model")
+    assert read(tmp_path / "model", Asked(variant="small-quickgelu")).variant
+    words = r"image\.activation is 'quick_gelu', not 'gelu'.*text\.activation.*activation="
+    with pytest.raises(UserError, match=words):
+        read(tmp_path / "model", Asked(variant="small"))
+    with pytest.raises(UserError, match="activation='relu'"):
+        read(tmp_path / "model", Asked(activation="relu"))
+
+
+def test_a_model_loads_for_other_sizes_and_says_which_do_not_fit(vit):
+    model, _ = clip_jax.load(vit, image_size=48, context_length=20)
+    assert (model.architecture.image.image_size, model.context_length) == (48, 20)
+    pixels = np.zeros((1, 48, 48, 3), np.float32)
+    assert np.isfinite(model.encode_image(pixels)).all()
+    assert model.tokenize(["a dog"]).shape == (1, 20)
+    with pytest.raises(UserError, match=r"image_size=50 .*patch_size=16.* 48 and 64"):
+        clip_jax.load(vit, image_size=50)
+    same = clip_jax.load(vit, image_size=32, context_length=77)[0].weights
+    for ours, expected in zip(jax.tree.leaves(same), jax.tree.leaves(clip_jax.load(vit)[0].weights), strict=True):
+        np.testing.assert_array_equal(ours, expected)
+
+
+# --- what lies where ---
+
+
+def test_a_folder_with_two_formats_is_openclips(vit, tmp_path):
+    convert(vit, "huggingface", tmp_path / "h")
+    convert(vit, "open_clip", tmp_path / "o")
+    for file in (tmp_path / "o").iterdir():
+        file.rename(tmp_path / "h" / file.name)
+    assert pretrained.read(tmp_path / "h").architecture == VIT
+
+
+@pytest.mark.parametrize("target_format", ["open_clip", "huggingface", "clip_jax"])
+def test_a_folder_that_holds_anything_else_is_not_written_into(target_format, vit, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="another folder"):
+        convert(vit, target_format, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
