@@ -62,8 +62,10 @@ def narrowed(name: str) -> dict[str, Any]:
 
 
 def few_blocks(name: str, depth: int) -> dict[str, Any]:
-    """Returns a config of all widths with few blocks; timm's towers lose theirs when the model is built."""
+    """Returns a config of all widths with few blocks, and no more words than OpenAI's; timm's towers lose their blocks
+    when the model is built."""
     config = config_of(name)
+    config["text_cfg"]["vocab_size"] = min(config["text_cfg"]["vocab_size"], 49408)
     for tower in (config["vision_cfg"], config["text_cfg"]):
         if isinstance(tower.get("layers"), int):
             tower["layers"] = depth
