@@ -143,8 +143,11 @@ def _read(
         file = fetch(RELEASES[source], None if download_root is None else Path(download_root))
         return dataclasses.replace(openai.read(file, dtype), variant=str(source), origin=f"openai: {file}")
     if str(source).startswith(hub.PREFIX):
-        found = _read_folder(hub.fetch(str(source)), dtype)
-        return dataclasses.replace(found, origin=str(source))
+        folder = hub.fetch(str(source))
+        found = _read_folder(folder, dtype)
+        repository = str(source).removeprefix(hub.PREFIX)
+        variant = repository if found.variant == folder.name else found.variant  # the folder's name is a commit's
+        return dataclasses.replace(found, variant=variant, origin=str(source))
     path = _expanded(source)
     if os.path.isfile(path):  # noqa: PTH113 (Path's own fails for a name that is too long)
         return openai.read(path, dtype) if expected is None else open_clip.read_state_dict(path, expected, dtype)

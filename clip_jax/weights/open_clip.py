@@ -57,8 +57,13 @@ IGNORED = r"((visual\.|text\.)?transformer\.resblocks\.\d+\.|text\.)?attn_mask"
 
 
 def is_folder(path: Path) -> bool:
-    """Returns whether there is a folder of OpenCLIP's."""
-    return os.path.isfile(path / CONFIG)  # noqa: PTH113 (Path's own fails for a name that is too long)
+    """Returns whether there is a folder of OpenCLIP's; of one that is Hugging Face's too the weights' name decides."""
+
+    def has(name: str) -> bool:
+        return os.path.isfile(path / name)  # noqa: PTH113 (Path's own fails for a name that is too long)
+
+    own = [name for name in WEIGHTS if name.startswith("open_clip_")]
+    return has(CONFIG) and (not has("config.json") or any(map(has, own)))
 
 
 def read(path: Path, dtype: DType | None = None) -> Bundle:
