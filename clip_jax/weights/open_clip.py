@@ -85,7 +85,8 @@ def read(path: Path, dtype: DType | None = None) -> Bundle:
             tokenize, tokenizer = tokenizer_files.read(path, clean, blank_sep=blank_sep)
             architecture = dataclasses.replace(architecture, tokenize=tokenize)
     except UserError as error:
-        problems.append(str(error))
+        name = config["model_cfg"]["text_cfg"]["hf_tokenizer_name"]
+        problems.append(f"{error}; {CONFIG} names {name!r}, whose tokenizer belongs into the folder")
     try:
         tensors, file = read_first(path, WEIGHTS)
         remedy = f'write "quick_gelu": true into the model_cfg of {path / CONFIG}'

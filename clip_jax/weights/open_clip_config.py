@@ -266,16 +266,17 @@ def _lost(architecture: Architecture, config: dict[str, Any]) -> list[str]:
     """Returns what a reader of the config would take for something else, with both values."""
     problems: list[str] = []
     seen = _parts(config, problems)
-    assert not problems, problems
     tokenize, preprocess = architecture.tokenize, architecture.preprocess
     meant = {field.name: getattr(architecture, field.name) for field in dataclasses.fields(architecture)} | {
         "tokenize": Tokenize(tokenize.kind, clean=tokenize.clean),
         "preprocess": dataclasses.replace(preprocess, rgb_first=Preprocess.rgb_first, crop_floor=Preprocess.crop_floor),
     }
-    return [line for name, part in meant.items() for line in _differences(name, seen[name], part)]
+    return problems + [line for name, part in meant.items() for line in _differences(name, seen[name], part)]
 
 
 def _differences(name: str, seen: Any, meant: Any) -> list[str]:
+    if seen is None:  # then there is a problem
+        return []
     if not dataclasses.is_dataclass(meant):
         return [] if seen == meant else [f"{name}={seen!r} for {meant!r}"]
     values = {where: value for where, _, value in leaves(seen, f"{name}.")}

@@ -8,6 +8,7 @@ family's own code. So a model that changes hands is given other pixels, of image
 
 import math
 import reprlib
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -226,4 +227,4 @@ def _colour(config: Mapping[str, Any], name: str, default: Any = None) -> tuple[
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
