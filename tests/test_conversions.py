@@ -53,7 +53,8 @@ def drawn(architecture: Architecture, *, half: bool = True) -> Bundle:
         around_one = name.endswith(("variance", "scale"))
         x = random.uniform(0.5, 1.5, like.shape) if around_one else 0.1 * random.normal(size=like.shape)
         matrix = name.endswith(("kernel", "projection")) or (name.endswith("bias") and "norm" not in name)
-        return np.asarray(x).astype(np.int32 if like.dtype == np.int32 else np.float16 if half and matrix else np.float32)
+        dtype = np.float16 if half and matrix else np.float32
+        return np.asarray(x).astype(np.int32 if like.dtype == np.int32 else dtype)
 
     shapes = flatten(Definition(architecture).shapes())
     return Bundle(architecture, {name: draw(name, like) for name, like in shapes.items()}, "small", "random")

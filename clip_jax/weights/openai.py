@@ -229,18 +229,23 @@ def check_held(architecture: Architecture) -> None:
 def _lost(architecture: Architecture) -> list[str]:
     """Returns what a reader of the format would take for something else, with both values."""
     image, text = architecture.image, architecture.text
-    try:
-        if isinstance(image, ViTTower):
-            tower = _vit(image.image_size, image.patch_size, image.width, image.depth)
-        else:
-            tower = _resnet(image.image_size, image.width, image.depths)
-        seen = Architecture(
-            architecture.embed_dim, tower, _text(text.context_length, text.vocab_size, text.width, text.depth)
-        )
-    except UserError as error:
-        return [str(error)]
+    towers, lost = {"image": image, "text": text}, []
+    readers = {
+        "image": lambda: (
+            _vit(image.image_size, image.patch_size, image.width, image.depth)
+            if isinstance(image, ViTTower)
+            else _resnet(image.image_size, image.width, image.depths)
+        ),
+        "text": lambda: _text(text.context_length, text.vocab_size, text.width, text.depth),
+    }
+    for name, seen_tower in readers.items():
+        try:
+            towers[name] = seen_tower()
+        except UserError as error:
+            lost.append(str(error))
+    seen = Architecture(architecture.embed_dim, **towers)
     values = {where: value for where, _, value in leaves(seen)}
-    return [
+    return lost + [
         f"{where}={values[where]!r} for {value!r}"
         for where, _, value in leaves(architecture)
         if values[where] != value and where not in PEERS_OWN
