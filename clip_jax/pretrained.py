@@ -150,7 +150,11 @@ def _read(
         return dataclasses.replace(found, variant=variant, origin=str(source))
     path = _expanded(source)
     if os.path.isfile(path):  # noqa: PTH113 (Path's own fails for a name that is too long)
-        return openai.read(path, dtype) if expected is None else open_clip.read_state_dict(path, expected, dtype)
+        if expected is not None:
+            return open_clip.read_state_dict(path, expected, dtype)
+        found = openai.read(path, dtype)
+        openai.check_certain(path)
+        return found
     if os.path.isdir(path):  # noqa: PTH112
         return _read_folder(path, dtype)
     raise UserError(

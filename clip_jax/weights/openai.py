@@ -127,12 +127,6 @@ def read(path: Path, dtype: DType | None = None) -> Bundle:
         UserError: not such a file, a damaged one, or tensors that are not those of a CLIP; all of them.
     """
     tensors = {name: x for name, x in archive.read(path).items() if not _is_ignored(name)}
-    if not NUMBERS & tensors.keys() and not archive.is_torchscript(path):
-        raise UserError(
-            f"{path}: a state dict does not say how it was trained: OpenAI's models compute QuickGELU, OpenCLIP's most "
-            "often GELU, and the wrong one costs accuracy without an error; give its variant, such as 'ViT-B/32' "
-            "(OpenAI's) or 'ViT-B-32' (OpenCLIP's)"
-        )
     try:
         architecture = architecture_of(tensors)
         weights = {name: x for name, x in tensors.items() if name not in _numbers(architecture)}
@@ -140,6 +134,16 @@ def read(path: Path, dtype: DType | None = None) -> Bundle:
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     return Bundle(architecture, arrays, variant_of(architecture, path.stem), str(path))
+
+
+def check_certain(path: Path) -> None:
+    """Raises UserError for a file that can be read as OpenAI's, and need not be: a state dict without its numbers."""
+    if not archive.is_torchscript(path) and not NUMBERS & archive.read(path).keys():
+        raise UserError(
+            f"{path}: a state dict does not say how it was trained: OpenAI's models compute QuickGELU, OpenCLIP's most "
+            "often GELU, and the wrong one costs accuracy without an error; give its variant, such as 'ViT-B/32' "
+            "(OpenAI's) or 'ViT-B-32' (OpenCLIP's)"
+        )
 
 
 def write(path: Path, bundle: Bundle) -> None:
@@ -163,7 +167,10 @@ def state_dict(bundle: Bundle) -> Mapping[str, np.ndarray]:
     Raises:
         UserError: what the format cannot hold, all of it.
     """
-    check_held(bundle.architecture)
+    try:
+        check_held(bundle.architecture)
+    except UserError as error:
+        raise UserError(f"{bundle.variant}: {error}") from error
     numbers = {name: np.array(n, np.int64) for name, n in _numbers(bundle.architecture).items()}
     return numbers | export_tensors(RULES, bundle.arrays)
 
@@ -221,8 +228,8 @@ def check_held(architecture: Architecture) -> None:
     """
     if lost := _lost(architecture):
         raise UserError(
-            f"OpenAI's format cannot hold this model: it stores no settings, and its reader would take "
-            f"{'; '.join(lost)}; choose another format"
+            f"OpenAI's format cannot hold it, which stores no settings: its reader would take {'; '.join(lost)}; "
+            "choose another format"
         )
 
 

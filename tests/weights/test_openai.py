@@ -331,7 +331,7 @@ def changed(name: str, *, image: dict | None = None, text: dict | None = None, *
     ],
 )
 def test_what_the_format_cannot_hold_is_refused_with_every_reason(architecture, reasons, tmp_path):
-    with pytest.raises(UserError, match="OpenAI's format cannot hold mine") as error:
+    with pytest.raises(UserError, match="mine: OpenAI's format cannot hold it") as error:
         openai.write(tmp_path / "file.pt", bundle_of(architecture))
     for reason in reasons:
         assert reason in str(error.value)
