@@ -15,6 +15,7 @@ from open_clip_models import Outputs, few_blocks, narrowed
 from oracles import require
 
 from clip_jax import compiled
+from clip_jax.architecture import Architecture, TextTower, ViTTower
 from clip_jax.models.clip import Definition
 from clip_jax.weights import open_clip
 from clip_jax.weights.bundle import Bundle
@@ -77,6 +78,16 @@ def assert_parity(config: dict[str, Any], depth: int, images: int, tmp_path) -> 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in FULL_ONLY])
 def test_a_narrowed_models_features_and_logits_are_within_1e_5_of_open_clips(name, unoptimised, tmp_path):
     assert_parity(narrowed(name), 1, 4, tmp_path)
+
+
+def test_settings_that_no_released_model_has_together_mean_what_they_mean_to_open_clip(unoptimised, tmp_path):
+    image = ViTTower(
+        *(21, 6, 48, 2, 3, 100),
+        **{"activation": "gelu_tanh", "eps": 1e-2, "pool": "mean", "pre_norm": False, "norm_after_pool": False},
+    )
+    text = TextTower(9, 50, 60, 2, 5, 61, "gelu", 3e-2, causal=False, pool="eos", eos_id=7, projection=False)
+    config = open_clip.config_of(Architecture(60, image, text, logit_bias=True))["model_cfg"]
+    assert_parity(config, 2, 4, tmp_path)
 
 
 @pytest.mark.full

@@ -373,6 +373,14 @@ def test_what_is_read_is_written_and_opened_by_open_clip_bit_for_bit(name, tmp_p
     assert_same(again.arrays, found.arrays)
 
 
+@pytest.mark.parametrize("name", NARROW)
+def test_open_clip_opens_what_is_written_of_every_kind_of_model(name, tmp_path):
+    bundle = bundle_of(NARROW[name])
+    open_clip.write(tmp_path / "folder", bundle)
+    loaded, _, _ = peer().create_model_and_transforms(f"local-dir:{tmp_path / 'folder'}")
+    assert_same(state_of(loaded), export_tensors(open_clip.rules_of(NARROW[name], custom_text=False), bundle.arrays))
+
+
 @pytest.mark.full
 def test_a_siglip_is_written_and_opened_by_open_clip_bit_for_bit(tmp_path):
     config = with_openais_tokenizer(open_clip_models.narrowed("ViT-B-16-SigLIP2"))
