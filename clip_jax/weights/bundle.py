@@ -106,8 +106,10 @@ def write_folder(path: Path, bundle: Bundle) -> None:
     it was, or complete, or without a config and so nobody's.
 
     Raises:
-        UserError: a folder that holds anything else, or that cannot be written.
+        UserError: a folder that holds anything else, or that cannot be written; a model that lacks its tokenizer.
     """
+    if bundle.architecture.tokenize.kind == "file" and bundle.tokenizer is None:
+        raise UserError(f"{bundle.variant} of {bundle.origin} has no tokenizer; its folder should have a {TOKENIZER}")
     _check_free(path)
     content = {
         "format": FORMAT,

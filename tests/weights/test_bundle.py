@@ -270,6 +270,12 @@ def test_a_tokenizer_of_the_model_that_is_replaced_does_not_stay(tmp_path):
     assert read_folder(tmp_path).tokenizer is None
 
 
+def test_a_model_that_lacks_its_tokenizer_is_not_written(tmp_path):
+    with pytest.raises(UserError, match=r"mine of a test has no tokenizer; its folder should have a tokenizer\.json"):
+        write_folder(tmp_path, dataclasses.replace(WITH_TOKENIZER, tokenizer=None))
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_model_whose_tokenizer_is_not_there_is_refused_with_all_else_that_is_wrong(tmp_path):
     write_folder(tmp_path, dataclasses.replace(WITH_TOKENIZER, arrays=dict(list(WITH_TOKENIZER.arrays.items())[1:])))
     (tmp_path / "tokenizer.json").unlink()
