@@ -3,10 +3,11 @@
     python benchmarks/conversion_memory.py [--variant=ViT-bigG-14] [--dtype=float16]
 
 Hardware: any CPU, on Linux; three times the file's size on the disk, in the folder for temporary files (TMPDIR).
-Time: for ViT-bigG-14 in float16 (2.5 billion parameters, 5 GB) three minutes on 2 cores, in float32 twice that; the disk
-decides.
-Each conversion runs in a process of its own; its memory is the most it ever had, with all that it imports and the pages
-of the files that it reads. The last must be what the first was made of, byte for byte.
+Time: for ViT-bigG-14 in float16 (2.5 billion parameters, 5 GB) three minutes on 2 cores, in float32 twice that; it is
+the disk's.
+A model goes through all formats that can hold it, and back to ours, which must be what it was, byte for byte. Each
+conversion runs in a process of its own; its memory is the most it ever had, with all that it imports and the pages of
+the files that it reads.
 """
 
 import argparse
@@ -17,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +25,11 @@ import rich.console
 import rich.progress
 import rich.table
 
+from clip_jax import pretrained
 from clip_jax.models.clip import Definition
 from clip_jax.models.variants import VARIANTS
-from clip_jax.weights import archive, bundle, openai, tensors
-from clip_jax.weights.mapping import export_tensors, flatten, import_tensors
+from clip_jax.weights import bundle
+from clip_jax.weights.mapping import flatten
 from clip_jax.weights.streaming import Lazy
 
 BAR = 1.3  # memory / file
@@ -49,43 +50,21 @@ def make(variant: str, dtype: str, target: Path) -> None:
     bundle.write_folder(target, bundle.Bundle(VARIANTS[variant], lazy, variant, "random"))
 
 
-def folder_to_folder(variant: str, source: Path, target: Path) -> None:
-    bundle.write_folder(target, bundle.read_folder(source))
-
-
-def folder_to_safetensors(variant: str, source: Path, target: Path) -> None:
-    tensors.write_safetensors(target, export_tensors(openai.RULES, bundle.read_folder(source).arrays))
-
-
-def folder_to_pytorch(variant: str, source: Path, target: Path) -> None:
-    archive.write(target, export_tensors(openai.RULES, bundle.read_folder(source).arrays))
-
-
-def file_to_folder(variant: str, source: Path, target: Path) -> None:
-    shapes = flatten(Definition(VARIANTS[variant]).shapes())
-    arrays = import_tensors(openai.RULES, tensors.read_file(source), shapes)
-    bundle.write_folder(target, bundle.Bundle(VARIANTS[variant], arrays, variant, str(source)))
-
-
-# What is done, one after the other, and what it makes, out of what the one before has made.
-ROUTE: tuple[tuple[str, Callable, str], ...] = (
-    ("our folder → our folder", folder_to_folder, "a"),
-    ("our folder → a state dict's safetensors", folder_to_safetensors, "b.safetensors"),
-    ("a state dict's safetensors → our folder", file_to_folder, "c"),
-    ("our folder → a PyTorch file", folder_to_pytorch, "d.pt"),
-    ("a PyTorch file → our folder", file_to_folder, "e"),
-)
+def route(variant: str) -> list[str]:
+    """Returns the formats that a model goes through, of those that can hold it, from ours back to ours."""
+    holds = [name for name in pretrained.HOLDS if pretrained.can_hold(name, VARIANTS[variant])]
+    return [*holds, "clip_jax"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    names = sorted(name for name, known in VARIANTS.items() if known.tokenize.kind == "clip")  # OpenAI's table fits
+    names = sorted(name for name, known in VARIANTS.items() if known.tokenize.kind == "clip")
     parser.add_argument("--variant", default="ViT-bigG-14", choices=names, metavar="NAME")
     parser.add_argument("--dtype", default="float16", choices=["float16", "float32"])
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)  # what the processes are started with
     flags = parser.parse_args()
     if flags.one:
-        print(json.dumps(measured(flags.variant, *flags.one)))
+        print(json.dumps(measured(*flags.one)))
         return
     console, parameters = rich.console.Console(), [f"--variant={flags.variant}", f"--dtype={flags.dtype}"]
     with tempfile.TemporaryDirectory() as temporary:
@@ -96,16 +75,17 @@ def main() -> None:
         table = rich.table.Table(title=f"{flags.variant}, {flags.dtype}: a file of {size / MEGABYTE:,.0f} MB")
         for heading in ("", "at most", "of it before", "at most / file", f"≤ {BAR}", "time"):
             table.add_column(heading, justify="right" if heading else "left")
-        for name, convert, made in ROUTE:
-            target = Path(temporary) / made
-            command = [sys.executable, __file__, *parameters, "--one", convert.__name__, str(source), str(target)]
+        was = "clip_jax"
+        for i, format_ in enumerate(route(flags.variant)):
+            target, name = Path(temporary) / f"{i}.pt", f"{was} → {format_}"
+            command = [sys.executable, __file__, *parameters, "--one", format_, str(source), str(target)]
             peak, before, seconds = watched(command, target, size, name, console)
             verdict = "yes" if peak <= BAR * size else "[bold red]NO[/]"
             megabytes = [f"{n / MEGABYTE:,.0f} MB" for n in (peak, before)]
             table.add_row(name, *megabytes, f"{peak / size:.2f}", verdict, f"{seconds:.1f} s")
             if source != first:
                 remove(source)
-            source = target
+            source, was = target, format_
         same = filecmp.cmp(first / bundle.TENSORS, source / bundle.TENSORS, shallow=False)
     console.print(table)
     console.print(f"the last is the first byte for byte: {'yes' if same else '[bold red]NO[/]'}")
@@ -128,10 +108,10 @@ def watched(command: list[str], target: Path, size: int, name: str, console: ric
     return json.loads(output.splitlines()[-1])
 
 
-def measured(variant: str, convert: str, source: str | Path, target: str | Path) -> list[float]:
+def measured(format_: str, source: str | Path, target: str | Path) -> list[float]:
     """Returns the most memory that this process ever has, and had before, in bytes, and the conversion's seconds."""
     before, start = peak_memory(), time.perf_counter()
-    globals()[convert](variant, Path(source), Path(target))
+    pretrained.convert(source, format_, Path(target))
     return [peak_memory(), before, time.perf_counter() - start]
 
 
@@ -142,14 +122,13 @@ def peak_memory() -> int:
 
 def size_of(path: Path) -> int:
     """Returns the size of a model's file of tensors."""
-    return (path / bundle.TENSORS if path.is_dir() else path).stat().st_size
+    return max(file.stat().st_size for file in path.iterdir()) if path.is_dir() else path.stat().st_size
 
 
 def being_written(target: Path) -> int:
     """Returns how many bytes lie on the disk for a file or folder, that of its temporary included."""
-    folder = target if target.is_dir() else target.parent
-    names = f".{target.stem}.*" if folder == target.parent else ".model.*"
-    return sum(512 * file.stat().st_blocks for file in [*folder.glob(names), *folder.glob(target.name)])
+    files = target.rglob("*") if target.is_dir() else target.parent.glob(f".{target.stem}.*")
+    return sum(512 * file.stat().st_blocks for file in files)
 
 
 def remove(path: Path) -> None:

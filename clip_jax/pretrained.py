@@ -7,9 +7,8 @@ import dataclasses
 import os
 import reprlib
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -98,6 +97,15 @@ def convert(
     return all(row.holds for row in rows)
 
 
+def can_hold(format_: str, architecture: Architecture) -> bool:
+    """Returns whether another project's format can hold a model."""
+    try:
+        HOLDS[format_](architecture)
+    except UserError:
+        return False
+    return True
+
+
 def _check(original: Bundle, target_format: str, target: Path, peer: str) -> list[parity.Row]:
     """Returns how far our numbers are from a peer's, where one side has what was written and the other the source."""
     if peer == target_format:
@@ -117,19 +125,11 @@ def _peer(original: Bundle, target_format: str) -> str:
     if target_format in parity.PEERS:
         holds = [target_format]
     else:
-        holds = [name for name, check in HOLDS.items() if _holds(check, original.architecture)]
+        holds = [name for name in HOLDS if can_hold(name, original.architecture)]
     if not holds:
         raise UserError(f"no other project has a model such as {original.variant}: leave --check away")
     parity.PEERS[holds[0]].load_packages()
     return holds[0]
-
-
-def _holds(check: Callable[[Architecture], Any], architecture: Architecture) -> bool:
-    try:
-        check(architecture)
-    except UserError:
-        return False
-    return True
 
 
 def _read(

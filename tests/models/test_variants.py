@@ -7,10 +7,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from clip_jax import architecture as architecture_module
 from clip_jax.architecture import LARGEST_DEPTH, LARGEST_SIZE, Architecture, ResNetTower, TextTower, ViTTower
 from clip_jax.config import ModelConfig
+from clip_jax.data import transforms
 from clip_jax.errors import UserError
-from clip_jax.models import layers, variants
+from clip_jax.models import layers, vit
+from clip_jax.models import text as text_tower
 from clip_jax.models.clip import CLIP, Definition
 from clip_jax.models.variants import VARIANTS, architecture
 
@@ -140,5 +143,16 @@ def test_the_largest_sizes_have_shapes(image):
     assert Definition(Architecture(LARGEST_SIZE, image, text)).shapes()
 
 
-def test_the_activations_that_have_a_name_are_those_that_have_a_function():
-    assert set(variants.ACTIVATIONS) == set(layers.ACTIVATIONS)
+@pytest.mark.parametrize(
+    ("words", "table"),
+    [
+        (architecture_module.ACTIVATIONS, layers.ACTIVATIONS),
+        (architecture_module.IMAGE_POOLS, vit.POOLS),
+        (architecture_module.TEXT_POOLS, text_tower.POOLS),
+        (architecture_module.RESIZES, transforms.RESIZED),
+        (architecture_module.INTERPOLATIONS, transforms.RESAMPLING),
+    ],
+    ids=["activations", "image pools", "text pools", "resizes", "interpolations"],
+)
+def test_what_has_a_word_has_code_and_the_other_way_round(words, table):
+    assert set(words) == set(table)
