@@ -110,4 +110,5 @@ def _read_run(workdir: Workdir) -> Bundle:
         weights = checkpoints.restore_weights(step, abstract)
     arrays = {path: np.asarray(x) for path, x in flatten(weights).items()}
     origin = f"{workdir.path}/checkpoints/{step}"
-    return Bundle(architecture, arrays, workdir.variant(), origin, results=workdir.evaluation(step))
+    results = workdir.evaluation(step)
+    return Bundle(architecture, arrays, workdir.variant(), origin, workdir.tokenizer(), results)

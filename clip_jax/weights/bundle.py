@@ -2,11 +2,13 @@
 
 FOLDER/config.json         {"format": "clip_jax", "variant": …, "architecture": …}
 FOLDER/model.safetensors   parameters and statistics by our paths, in the dtypes they came in
+FOLDER/tokenizer.json      the tokenizer, where it is not CLIP's own
 
 A run's folder has a `config.json` too (clip_jax/workdir.py), with "config" and no "format": `is_bundle` tells them
 apart by what is in them.
 """
 
+import contextlib
 import dataclasses
 import json
 import mmap
@@ -24,13 +26,14 @@ import safetensors.numpy
 from clip_jax.architecture import Architecture
 from clip_jax.config import build
 from clip_jax.errors import UserError
-from clip_jax.files import is_temporary, whole
+from clip_jax.files import is_temporary, read_text, whole
 from clip_jax.models.clip import Definition
 from clip_jax.models.variants import VARIANTS
+from clip_jax.tokenizer.file import FILE_NAME
 from clip_jax.weights.mapping import DType, Rule, flatten, import_tensors, listed
 
 FORMAT = "clip_jax"
-CONFIG, TENSORS = "config.json", "model.safetensors"
+CONFIG, TENSORS, TOKENIZER = "config.json", "model.safetensors", FILE_NAME
 
 # safetensors' name of a type → what its elements are
 DTYPES = {
@@ -91,7 +94,7 @@ def read_folder(path: Path, dtype: DType | None = None) -> Bundle:
         arrays = import_tensors(names_are_paths, tensors, shapes, dtype)
     except UserError as error:
         raise UserError(f"{path / TENSORS}: {error}") from error
-    return Bundle(architecture, arrays, content["variant"], str(path))
+    return Bundle(architecture, arrays, content["variant"], str(path), _read_tokenizer(path, architecture))
 
 
 def write_folder(path: Path, bundle: Bundle) -> None:
@@ -109,10 +112,21 @@ def write_folder(path: Path, bundle: Bundle) -> None:
         "variant": bundle.variant,
         "architecture": dataclasses.asdict(bundle.architecture),
     }
-    with whole(path / CONFIG) as config, whole(path / TENSORS) as tensors:
+    with contextlib.ExitStack() as stack:
+        config = stack.enter_context(whole(path / CONFIG))
+        if bundle.tokenizer is not None:
+            stack.enter_context(whole(path / TOKENIZER)).write_text(bundle.tokenizer, encoding="utf-8")
+        tensors = stack.enter_context(whole(path / TENSORS))
         config.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         _save(tensors, bundle.arrays)
         (path / CONFIG).unlink(missing_ok=True)  # then the weights get their name, and last the config
+
+
+def _read_tokenizer(path: Path, architecture: Architecture) -> str | None:
+    """Returns what the folder's tokenizer.json says; None: the tokenizer is CLIP's own, or did not come along."""
+    if architecture.tokenize.kind == "clip" or not (path / TOKENIZER).exists():
+        return None
+    return read_text(path / TOKENIZER)
 
 
 def read_json(path: Path) -> Any:
@@ -180,7 +194,7 @@ def _check_free(path: Path) -> None:
     """Raises UserError when the folder holds anything but a model in our format, or what is left of one."""
     try:
         names = [entry.name for entry in path.iterdir()]
-        names = [name for name in names if not any(is_temporary(name, ours) for ours in (CONFIG, TENSORS))]
+        names = [name for name in names if not any(is_temporary(name, ours) for ours in (CONFIG, TENSORS, TOKENIZER))]
         if not names or is_bundle(path) or _is_interrupted(path):
             return
     except FileNotFoundError:

@@ -54,6 +54,7 @@ def pairs_of(source, *, seed: int = 0, rows=range(GLOBAL), first: int = 0, steps
         rows=rows,
         image_size=8,
         context_length=10,
+        tokenize=tokenizer.tokenize,
         crop_scale=(0.3, 1.0),
     )
 
