@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from clip_jax import compiled, tokenizer
+from clip_jax import compiled
 from clip_jax.architecture import Architecture
 from clip_jax.compiled import Placed
 from clip_jax.config import COMPUTE_DTYPES
@@ -21,6 +21,7 @@ from clip_jax.models.clip import Definition, Weights, normalise_pixels
 from clip_jax.models.layers import Array
 from clip_jax.models.text import pooled_at
 from clip_jax.pretrained import Asked, read
+from clip_jax.tokenizer import make
 from clip_jax.typing import Float, Int
 from clip_jax.weights.download import RELEASES
 
@@ -36,6 +37,7 @@ class Model:
     name: str  # of the architecture, as results name it
     pretrained: str  # where the weights come from
     results: Path | None = None  # where its evaluations go unless told otherwise; None: it is no run's
+    tokenizer: str | None = dataclasses.field(default=None, repr=False)  # what its tokenizer.json says, if it has one
 
     @property
     def architecture(self) -> Architecture:
@@ -119,8 +121,14 @@ class Model:
         return logits_BA, logits_BA.T
 
     def tokenize(self, texts: str | Sequence[str], truncate: bool = False) -> Int[np.ndarray, "B L"]:
-        """Returns token ids of this model's context length."""
-        return tokenizer.tokenize(texts, self.architecture.text.context_length, truncate)
+        """Returns token ids of this model's context length, by the tokenizer that it was trained with.
+
+        A text that is too long raises RuntimeError, in OpenAI's words, or loses its end if `truncate`.
+
+        Raises:
+            UserError: the tokenizer is in a file, and that did not come with the weights.
+        """
+        return make(self.architecture.tokenize, self.tokenizer)(texts, self.context_length, truncate)
 
     def _run(self, encode: Callable[..., jax.Array], inputs: Array) -> np.ndarray:
         return compiled.in_pieces(functools.partial(encode, self.definition, self.placed), inputs)
@@ -211,7 +219,7 @@ def load(
     bundle = read(source, asked, dtype=np.float32, download_root=download_root)
     definition = Definition(bundle.architecture, dtype=dtype)
     placed = compiled.place(bundle.arrays, definition, device)
-    model = Model(definition, placed, bundle.variant, bundle.origin, bundle.results)
+    model = Model(definition, placed, bundle.variant, bundle.origin, bundle.results, bundle.tokenizer)
     return model, ImagePreprocess(bundle.architecture)
 
 

@@ -45,6 +45,7 @@ class ModelConfig(Checked):
     variant: str = "ViT-B/32"  # a name in clip_jax/models/variants.py
     image_size: int | None = None  # None: the variant's own
     context_length: int | None = None  # None: the variant's own
+    tokenizer: str | None = None  # a tokenizer.json, for a variant whose tokenizer is in a file; the run keeps a copy
     compute_dtype: str = "float32"  # parameters are float32 whatever this says
     remat: str = "none"  # what the backward pass computes again: nothing (none), all but products (dots), all (full)
 
@@ -148,6 +149,7 @@ FREE_ON_RESUME = (
     "data.num_threads",
     "data.num_workers",
     "model.remat",
+    "model.tokenizer",  # what is in it may not
 )
 
 

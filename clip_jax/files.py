@@ -42,6 +42,18 @@ def is_temporary(name: str, target: str) -> bool:
     return re.fullmatch(rf"\.{stem}\.\d+(\.[0-9a-f]{{8}})?{suffix}", name) is not None
 
 
+def read_text(path: Path) -> str:
+    """Returns what a text file says.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a text file whole or not at all."""
     with whole(path) as temporary:

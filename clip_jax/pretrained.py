@@ -235,7 +235,8 @@ def _read_run(path: Path, dtype: DType | None) -> Bundle:
         weights = checkpoints.restore_weights(step, abstract)
     arrays = {path: np.asarray(x) for path, x in flatten(weights).items()}
     origin = f"{workdir.path}/checkpoints/{step}"
-    return Bundle(architecture, arrays, workdir.variant(), origin, results=workdir.evaluation(step))
+    results = workdir.evaluation(step)
+    return Bundle(architecture, arrays, workdir.variant(), origin, workdir.tokenizer(), results)
 
 
 READERS = {"format": bundle.read_folder, "model_type": huggingface.read, "config": _read_run}  # by config.json's fields

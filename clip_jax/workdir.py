@@ -1,6 +1,7 @@
 """A run's folder: what lies where, and the `config.json` that says whose run it is.
 
 WORKDIR/config.json           the whole run ("config"), and what its weights mean ("variant", "architecture")
+WORKDIR/tokenizer.json        the tokenizer, where it is not CLIP's own
 WORKDIR/metrics.jsonl         one JSON object a logged step
 WORKDIR/checkpoints/<step>/   Orbax
 WORKDIR/eval/<step>/*.json    results, and the pictures beside them
@@ -13,9 +14,10 @@ import os
 from pathlib import Path
 
 from clip_jax.architecture import Architecture
-from clip_jax.config import Config, build, differences
+from clip_jax.config import Config, ModelConfig, build, differences
 from clip_jax.errors import UserError
-from clip_jax.files import write_text
+from clip_jax.files import read_text, write_text
+from clip_jax.tokenizer.file import FILE_NAME, FileTokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +29,10 @@ class Workdir:
     @property
     def config_file(self) -> Path:
         return self.path / "config.json"
+
+    @property
+    def tokenizer_file(self) -> Path:
+        return self.path / FILE_NAME
 
     @property
     def metrics_file(self) -> Path:
@@ -73,8 +79,8 @@ class Workdir:
         """Returns whether the folder is some run's."""
         return os.path.exists(self.config_file)  # noqa: PTH110 (a name that is too long is an error for Path.exists)
 
-    def claim(self, config: Config, architecture: Architecture) -> None:
-        """Makes the folder this run's.
+    def claim(self, config: Config, architecture: Architecture, tokenizer: str | None = None) -> None:
+        """Makes the folder this run's; `tokenizer` is what its tokenizer.json says, if the run has one.
 
         Raises:
             UserError: it cannot be written.
@@ -84,7 +90,38 @@ class Workdir:
             "config": dataclasses.asdict(config),
             "architecture": dataclasses.asdict(architecture),
         }
+        if tokenizer is not None:
+            write_text(self.tokenizer_file, tokenizer)
         write_text(self.config_file, json.dumps(content, indent=2) + "\n")
+
+    def tokenizer(self) -> str | None:
+        """Returns what the run's tokenizer.json says; None: it has none.
+
+        Raises:
+            UserError: it cannot be read.
+        """
+        return read_text(self.tokenizer_file) if self.tokenizer_file.exists() else None
+
+    def tokenizer_for(self, model: ModelConfig, architecture: Architecture) -> str | None:
+        """Returns what the tokenizer.json says that a run has to use; None: its tokenizer is CLIP's own.
+
+        Raises:
+            UserError: the config names none, or one that does not go with the architecture or with this run.
+        """
+        kept = self.tokenizer() if self.is_claimed() else None
+        if architecture.tokenize.kind == "clip":
+            if model.tokenizer is not None:
+                raise UserError(f"{model.tokenizer=}: {model.variant} has CLIP's own tokenizer; leave it out")
+            return None
+        if model.tokenizer is None and kept is None:
+            raise UserError(f"{model.variant} has its tokenizer in a file: set model.tokenizer to its {FILE_NAME}")
+        text = kept if model.tokenizer is None else read_text(Path(model.tokenizer))
+        if kept is not None and text != kept:
+            raise UserError(f"{model.tokenizer=} is not the tokenizer of this run, {self.tokenizer_file}; leave it out")
+        size, room = FileTokenizer(text, architecture.tokenize).vocab_size, architecture.text.vocab_size
+        if size > room:
+            raise UserError(f"the tokenizer has {size} ids, and {model.variant} an embedding for {room} only")
+        return text
 
     def variant(self) -> str:
         """Returns the name of the run's architecture."""

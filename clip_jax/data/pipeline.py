@@ -12,11 +12,11 @@ from collections.abc import Iterator, Sequence
 import grain
 import numpy as np
 
-from clip_jax import tokenizer
 from clip_jax.architecture import Preprocess
 from clip_jax.data import transforms
 from clip_jax.data.sources import Record, Source
 from clip_jax.errors import UserError
+from clip_jax.tokenizer import Tokenizer
 from clip_jax.typing import Batch, UInt8
 
 
@@ -49,6 +49,7 @@ class TrainingPairs:
     image_size: int
     preprocess: Preprocess
     context_length: int
+    tokenize: Tokenizer
     crop_scale: tuple[float, float]
 
     def __len__(self) -> int:
@@ -69,7 +70,7 @@ class TrainingPairs:
         except OSError as error:
             warnings.warn(f"left out image {index} of {self.source.name}:{self.source.split}: {error}", stacklevel=2)
             pixels, valid = np.zeros((self.image_size, self.image_size, 3), np.uint8), False
-        return Batch(pixels, tokenizer.tokenize(caption, self.context_length, truncate=True)[0], np.bool_(valid))
+        return Batch(pixels, self.tokenize(caption, self.context_length, True)[0], np.bool_(valid))
 
 
 def training_batches(pairs: TrainingPairs, *, num_threads: int, num_workers: int) -> Iterator[Batch]:

@@ -2,7 +2,7 @@
 
 They are OpenCLIP's (`tokenizer_kwargs: {"clean": …}`), and "lower" is OpenAI's as well. But for "none" all begin
 alike: mojibake is mended by ftfy, and HTML entities are resolved twice. ftfy is slow, and so is not asked about text
-that it cannot change.
+that it cannot change. What they all leave can be written as UTF-8.
 """
 
 import html
@@ -14,19 +14,19 @@ from clip_jax.errors import UserError, nearest
 _PUNCTUATION = str.maketrans("_", " ", string.punctuation.replace("_", ""))
 
 
-def encodable(text: str) -> str:
+def _encodable(text: str) -> str:
     """Returns the text with U+FFFD for what UTF-8 cannot write: a surrogate without the other half of its pair."""
     return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def is_plain(text: str) -> bool:
+def _is_plain(text: str) -> bool:
     """Returns whether neither ftfy nor html.unescape can change the text: printable ASCII without HTML entities."""
     return text.isascii() and text.isprintable() and ("&" not in text or "&" not in text.replace("& ", ""))
 
 
 def _mended(text: str) -> str:
     """Returns the text with mojibake mended and HTML entities resolved."""
-    if is_plain(text):
+    if _is_plain(text):
         return text
     import ftfy
 
@@ -49,7 +49,7 @@ def _canonicalize(text: str) -> str:
 
 
 CLEANING: dict[str, Callable[[str], str]] = {
-    "none": encodable,
+    "none": _encodable,
     "whitespace": _whitespace,
     "lower": _lower,
     "canonicalize": _canonicalize,

@@ -5,23 +5,43 @@ is filled up with and whether an id is blanked is the architecture's `Tokenize`.
 """
 
 import base64
-import binascii
+import contextlib
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from clip_jax.architecture import Tokenize
 from clip_jax.errors import UserError
-from clip_jax.tokenizer.cleaning import cleaner, encodable
+from clip_jax.tokenizer.cleaning import cleaner
 from clip_jax.tokenizer.rows import check_room, fill, strings
 from clip_jax.tokenizer.sentencepiece import CharsMap, siglip_normaliser
 
 if TYPE_CHECKING:
     import tokenizers
+
+
+FILE_NAME = "tokenizer.json"
+
+
+@contextlib.contextmanager
+def usable(what: str) -> Iterator[None]:
+    """Raises UserError for whatever the `tokenizers` library raises in the block: `what` is a file, and not our own.
+
+    The library has no errors of its own, and where a file breaks its rules some way down it panics, as Rust calls it,
+    with an exception that is none of Python's and has no name that could be imported.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise UserError(f"{what} cannot be used: {str(error) or repr(error)}") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +63,7 @@ class FileTokenizer:
         """
         texts, clean, backend = strings(texts), cleaner(self.rules.clean), self._backend
         check_room(context_length, backend.num_special_tokens_to_add(is_pair=False))
-        ids_b = self._encode([encodable(clean(text)) for text in texts], context_length if truncate else None)
+        ids_b = self._encode([clean(text) for text in texts], context_length if truncate else None)
         ids_bL = fill(ids_b, texts, context_length, self.rules.pad_id, self.rules.pad_left)
         if self.rules.blank_id is not None:
             ids_bL[ids_bL == self.rules.blank_id] = 0
@@ -66,10 +86,11 @@ class FileTokenizer:
         """Returns the ids of cleaned texts, with the tokens that go around them."""
         backend, normalise = _built(self.file, self.rules.siglip)
         texts = [normalise(text) for text in texts]
-        if len(texts) == 1:  # threads of the library's own would be in the way of processes forked later
-            encodings = [backend.encode(texts[0], add_special_tokens=False)]
-        else:
-            encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
+        with usable(f"the {FILE_NAME}"):
+            if len(texts) == 1:  # threads of the library's own would be in the way of processes forked later
+                encodings = [backend.encode(texts[0], add_special_tokens=False)]
+            else:
+                encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
         if at_most is not None:
             for encoding in encodings:
                 encoding.truncate(at_most - backend.num_special_tokens_to_add(is_pair=False))
@@ -81,29 +102,16 @@ def _built(file: str, siglip: bool) -> tuple["tokenizers.Tokenizer", Callable[[s
     """Returns the library's tokenizer, and what is done to a text before it sees it."""
     from tokenizers import Tokenizer
 
-    try:
+    with usable(f"the {FILE_NAME}"):
         tokenizer = Tokenizer.from_str(file)
-    except Exception as error:  # the library raises nothing more special
-        raise UserError(f"a tokenizer.json that cannot be used: {error}") from error
     tokenizer.no_truncation()  # both are done here, so that no call changes what another one sees
     tokenizer.no_padding()
     if not siglip:
         return tokenizer, str
     tokenizer.normalizer = None
     special = tuple(token.content for token in tokenizer.get_added_tokens_decoder().values())
-    return tokenizer, siglip_normaliser(charsmap(file), special)
-
-
-def charsmap(file: str) -> CharsMap:
-    """Returns the map of characters in a tokenizer.json's normalizer; one that changes nothing where there is none.
-
-    Raises:
-        UserError: what is there is no such map.
-    """
-    try:
-        return CharsMap.read(charsmap_bytes(json.loads(file)))
-    except ValueError as error:
-        raise UserError(f"a tokenizer.json whose map of characters cannot be used: {error}") from error
+    with usable(f"the map of characters in the {FILE_NAME}"):
+        return tokenizer, siglip_normaliser(CharsMap.read(charsmap_bytes(json.loads(file))), special)
 
 
 def charsmap_bytes(content: dict) -> bytes:
@@ -115,8 +123,5 @@ def charsmap_bytes(content: dict) -> bytes:
     normalizer = content.get("normalizer") or {}
     for step in normalizer.get("normalizers", [normalizer]):
         if step.get("type") == "Precompiled":
-            try:
-                return base64.b64decode(step["precompiled_charsmap"] or "", validate=True)
-            except binascii.Error as error:
-                raise ValueError(f"not in base 64: {error}") from error
+            return base64.b64decode(step["precompiled_charsmap"] or "", validate=True)
     return b""

@@ -7,16 +7,14 @@ so its ids come from here, where the longest entry of the map that fits is taken
 
 import dataclasses
 import functools
+import itertools
 import re
 import string
 import struct
 from collections.abc import Callable
 
-from clip_jax.tokenizer.cleaning import encodable
-
 SPACE = "▁"  # stands for a space in the pieces of a vocabulary
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
-_PRINTING = range(0x20, 0x7F)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,49 +42,38 @@ class CharsMap:
             raise ValueError(f"a map of characters of {len(data)} bytes says that {size} of them are its trie")
         return cls(struct.unpack(f"<{size // 4}I", data[4 : 4 + size]), data[4 + size :])
 
-    def longest(self, text: bytes, start: int = 0) -> tuple[bytes, int] | None:
-        """Returns what is written for the longest entry that the text has at `start`, and where that ends."""
-        if not self.units:
-            return None
-        found, at = None, _children(0, self.units[0])
-        for end in range(start, len(text)):
-            at ^= text[end]
-            if at >= len(self.units) or self.units[at] & 0x800000FF != text[end]:
-                break
-            unit = self.units[at]
-            at = _children(at, unit)
-            if unit >> 8 & 1:
-                found = self.units[at] & 0x7FFFFFFF, end + 1
-        if found is None:
-            return None
-        place, end = found
-        return self.texts[place : self.texts.index(b"\0", place)], end
+    def apply(self, text: str) -> str:
+        """Returns the text with the longest entry at every place replaced, from left to right."""
+        if not self.units or (self._keeps_ascii and text.isascii() and text.isprintable()):
+            return text
+        return self._applied(text.encode()).decode()
 
     @functools.cached_property
-    def keeps_ascii(self) -> bool:
+    def _keeps_ascii(self) -> bool:
         """Returns whether no text of printing ASCII is changed, so that looking is not worth while."""
-        pairs = (bytes((first, second)) for first in _PRINTING for second in _PRINTING)
-        return all(self.longest(pair) is None for pair in pairs)
+        every_pair = bytes(itertools.chain(*itertools.product(range(0x20, 0x7F), repeat=2)))
+        return self._applied(every_pair) == every_pair
 
-    def apply(self, text: str) -> str:
-        """Returns the text with every longest entry replaced, from left to right."""
-        if not self.units or (self.keeps_ascii and text.isascii() and text.isprintable()):
-            return text
-        data, out, at = text.encode(), bytearray(), 0
+    def _applied(self, data: bytes) -> bytes:
+        units, texts, out, at = self.units, self.texts, bytearray(), 0
         while at < len(data):
-            if replaced := self.longest(data, at):
-                written, at = replaced
-                out += written
-            else:
-                end = at + _length(data[at])
-                out += data[at:end]
-                at = end
-        return out.decode()
+            place, after, node = None, at + _length(data[at]), _distance(units[0])
+            for i in range(at, len(data)):
+                node ^= data[i]
+                if node >= len(units) or units[node] & 0x800000FF != data[i]:
+                    break
+                has_leaf = units[node] >> 8 & 1
+                node ^= _distance(units[node])
+                if has_leaf:
+                    place, after = units[node] & 0x7FFFFFFF, i + 1
+            out += data[at:after] if place is None else texts[place : texts.index(b"\0", place)]
+            at = after
+        return bytes(out)
 
 
-def _children(at: int, unit: int) -> int:
-    """Returns the place from which the children of a unit are found, each at its label XOR this."""
-    return at ^ (unit >> 10 << ((unit & 1 << 9) >> 6))
+def _distance(unit: int) -> int:
+    """Returns how far from a unit its children are."""
+    return unit >> 10 << ((unit & 1 << 9) >> 6)
 
 
 def _length(first: int) -> int:
@@ -110,7 +97,7 @@ def siglip_normaliser(charsmap: CharsMap, special: tuple[str, ...]) -> Callable[
         return text.replace(" ", SPACE).rstrip(SPACE)
 
     def normalise(text: str) -> str:
-        text, parts, at = SPACE + encodable(text).replace(SPACE, " "), [], 0
+        text, parts, at = SPACE + text.replace(SPACE, " "), [], 0
         for token in written_out.finditer(text):
             parts += [normalised(text[at : token.start()]), token.group()]
             at = token.end()

@@ -12,6 +12,7 @@ from clip_jax.data.pipeline import Order, TrainingPairs, training_batches
 from clip_jax.data.sources import Source, open_source
 from clip_jax.models.clip import Definition
 from clip_jax.models.variants import architecture
+from clip_jax.tokenizer import make
 from clip_jax.training.checkpoint import Checkpoints, check_position
 from clip_jax.training.metrics import MetricsLog, Progress, StepClock
 from clip_jax.training.state import abstract_state, initial_state
@@ -36,11 +37,12 @@ def train(config: Config, workdir: Path, *, devices: list[jax.Device] | None = N
     abstract = abstract_state(definition, optimizer, mesh)
     folder = Workdir(workdir)
     folder.check(config, arch)
+    tokenizer = folder.tokenizer_for(config.model, arch)
     source = open_source(config.data.train, data_dir=config.data.data_dir)
 
     # 2. The folder, and in it the state: new, or as it was left.
     if not folder.is_claimed():
-        folder.claim(config, arch)
+        folder.claim(config, arch, tokenizer)
     with Checkpoints(folder.checkpoints, keep=config.keep_checkpoints) as checkpoints:
         start = checkpoints.latest() or 0
         if start:
@@ -51,7 +53,7 @@ def train(config: Config, workdir: Path, *, devices: list[jax.Device] | None = N
             state = initial_state(definition, optimizer, abstract, config.seed)
 
         # 3. The data, from the example where the run is.
-        batches = _batches(config, arch, source, mesh, start)
+        batches = _batches(config, arch, tokenizer, source, mesh, start)
 
         # 4. Step by step. Metrics are read only when they are logged: the device is never waited for in between.
         train_step = make_train_step(definition, optimizer, schedule, abstract)
@@ -87,7 +89,9 @@ def _position(config: Config, source: Source, step: int) -> dict[str, Any]:
     return {"examples_seen": step * config.data.global_batch, "seed": config.seed, "data": source.fingerprint()}
 
 
-def _batches(config: Config, arch: Architecture, source: Source, mesh: jax.sharding.Mesh, start: int):
+def _batches(
+    config: Config, arch: Architecture, tokenizer: str | None, source: Source, mesh: jax.sharding.Mesh, start: int
+):
     """Returns this host's batches from step `start` on."""
     pairs = TrainingPairs(
         source=source,
@@ -99,6 +103,7 @@ def _batches(config: Config, arch: Architecture, source: Source, mesh: jax.shard
         image_size=arch.image.image_size,
         preprocess=arch.preprocess,
         context_length=arch.text.context_length,
+        tokenize=make(arch.tokenize, tokenizer),
         crop_scale=config.data.crop_scale,
     )
     return training_batches(pairs, num_threads=config.data.num_threads, num_workers=config.data.num_workers)

@@ -24,12 +24,13 @@ from clip_jax.errors import UserError
 from clip_jax.files import read_json
 from clip_jax.models.clip import Definition
 from clip_jax.models.variants import VARIANTS
+from clip_jax.tokenizer.file import FILE_NAME
 from clip_jax.weights import folder
 from clip_jax.weights.mapping import DType, Rule, flatten, import_tensors
 from clip_jax.weights.tensors import read_safetensors
 
 FORMAT = "clip_jax"
-CONFIG, TENSORS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
+CONFIG, TENSORS, TOKENIZER = "config.json", "model.safetensors", FILE_NAME
 RESIZE_KERNELS = ("bicubic_antialias", "bicubic")  # OpenCLIP's and timm's, Hugging Face's: weights/resize.py
 
 

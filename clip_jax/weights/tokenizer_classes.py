@@ -21,14 +21,13 @@ if TYPE_CHECKING:
 EXTRA_IDS = 100  # that T5 has unless its config says otherwise
 
 
-def _complete(tokenizer: "Tokenizer", parts: Parts, generated: Iterable[str] = ()) -> "Tokenizer":
-    """Returns the tokenizer with all tokens that a class adds to it; one that its vocabulary has keeps its id."""
+def _tokens(parts: Parts, generated: Iterable[str] = ()) -> list["AddedToken"]:
+    """Returns all tokens that a class adds to its vocabulary, or has found apart from other words."""
     tokens = {token.content: token for token in parts.added()}
     for token in (*map(parts.role, ROLES), *parts.extra(generated)):
         if token is not None:
             tokens.setdefault(token.content, token)
-    tokenizer.add_tokens(list(tokens.values()))
-    return tokenizer
+    return list(tokens.values())
 
 
 def _around(tokenizer: "Tokenizer", first: "AddedToken | None", last: "AddedToken | None") -> None:
@@ -61,7 +60,8 @@ def _t5(parts: Parts) -> "Tokenizer":
     if parts.content is None:  # the model does not have them
         vocab = [*parts.vocab, *((f"<extra_id_{i}>", 0.0) for i in reversed(range(extra_ids)))]
         parts = dataclasses.replace(parts, vocab=vocab)
-    tokenizer = _complete(_unigram(parts, unk_id=2), parts, (f"<extra_id_{i}>" for i in range(extra_ids)))
+    tokenizer = _unigram(parts, unk_id=2)
+    tokenizer.add_tokens(_tokens(parts, (f"<extra_id_{i}>" for i in range(extra_ids))))
     _around(tokenizer, None, parts.role("eos"))
     return tokenizer
 
@@ -71,7 +71,8 @@ def _xlm_roberta(parts: Parts) -> "Tokenizer":
         first = [(parts.role(role).content, 0.0) for role in ("bos", "pad", "eos", "unk")]
         vocab = [*first, *parts.vocab[3:], (parts.role("mask").content, 0.0)]
         parts = dataclasses.replace(parts, vocab=vocab)
-    tokenizer = _complete(_unigram(parts, unk_id=3), parts)
+    tokenizer = _unigram(parts, unk_id=3)
+    tokenizer.add_tokens(_tokens(parts))
     _around(tokenizer, parts.role("bos"), parts.role("eos"))
     return tokenizer
 
@@ -84,7 +85,8 @@ def _siglip(parts: Parts) -> "Tokenizer":
     tokenizer = Tokenizer(model)
     if parts.charsmap:
         tokenizer.normalizer = normalizers.Precompiled(parts.charsmap)
-    _complete(tokenizer, dataclasses.replace(parts, control=[]))
+    tokens = _tokens(dataclasses.replace(parts, control=[]))
+    tokenizer.add_special_tokens([token.content for token in tokens])  # with spaces around or not is all the same
     _around(tokenizer, None, parts.role("eos"))
     return tokenizer
 
@@ -107,7 +109,7 @@ def _gemma(parts: Parts) -> "Tokenizer":
         tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), tokenizer.normalizer])
     tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", behavior="merged_with_previous")
     tokenizer.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
-    _complete(tokenizer, parts)
+    tokenizer.add_tokens(_tokens(parts))
     if parts.content is None:
         flags = [parts.config.get(f"add_{role}_token") for role in ("bos", "eos")]
         _around(
@@ -142,7 +144,7 @@ def _bert(parts: Parts) -> "Tokenizer":
     )
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece(prefix="##")
-    _complete(tokenizer, parts)
+    tokenizer.add_tokens(_tokens(parts))
     _around(tokenizer, parts.role("cls"), parts.role("sep"))
     return tokenizer
 
@@ -165,7 +167,7 @@ def _clip(parts: Parts) -> "Tokenizer":
     words = pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.decoder = decoders.ByteLevel()
-    _complete(tokenizer, parts)
+    tokenizer.add_tokens(_tokens(parts))
     last, first = (
         (token, tokenizer.token_to_id(token)) for token in (parts.role("eos").content, parts.role("bos").content)
     )
@@ -176,7 +178,9 @@ def _clip(parts: Parts) -> "Tokenizer":
 def _as_it_is(parts: Parts) -> "Tokenizer":
     from tokenizers import Tokenizer
 
-    return _complete(Tokenizer.from_str(json.dumps(parts.content)), parts)
+    tokenizer = Tokenizer.from_str(json.dumps(parts.content))
+    tokenizer.add_tokens(_tokens(parts))
+    return tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,7 +191,8 @@ class TokenizerClass:
     defaults: dict[str, str]  # the tokens by their roles, where a config does not say
     pad_left: bool = False  # the same
     vocab_files: tuple[str, ...] = ()  # that it takes where there is no tokenizer.json
-    siglip: bool = False
+    siglip: bool = False  # whether text is normalised as SiglipTokenizer does
+    as_it_is: bool = False  # whether a tokenizer.json is taken as it is
 
 
 _GEMMA = {"bos": "<bos>", "eos": "<eos>", "unk": "<unk>", "pad": "<pad>", "mask": "<mask>"}
@@ -203,8 +208,8 @@ CLASSES = {
     "XLMRobertaTokenizer": TokenizerClass(_xlm_roberta, _XLM_ROBERTA, vocab_files=("sentencepiece.bpe.model",)),
     "BertTokenizer": TokenizerClass(_bert, _BERT, vocab_files=("vocab.txt",)),
     "CLIPTokenizer": TokenizerClass(_clip, _CLIP, vocab_files=("vocab.json", "merges.txt")),
-    "PreTrainedTokenizer": TokenizerClass(_as_it_is, {}),
-    "TokenizersBackend": TokenizerClass(_as_it_is, {}),
+    "PreTrainedTokenizer": TokenizerClass(_as_it_is, {}, as_it_is=True),
+    "TokenizersBackend": TokenizerClass(_as_it_is, {}, as_it_is=True),
 }
 # What is taken where a folder names no class: by what its config.json says of the model.
 BY_MODEL_TYPE = {

@@ -15,6 +15,7 @@ from clip_jax.architecture import Tokenize
 from clip_jax.errors import UserError, nearest
 from clip_jax.files import read_json
 from clip_jax.tokenizer import clip
+from clip_jax.tokenizer.file import FILE_NAME, usable
 from clip_jax.weights import sentencepiece_model as spm
 from clip_jax.weights.bundle import Bundle
 from clip_jax.weights.tokenizer_classes import BY_MODEL_TYPE, CLASSES, NOT_ASKED, TokenizerClass
@@ -23,13 +24,7 @@ from clip_jax.weights.tokenizer_parts import Parts, check_for_siglip, from_json,
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-FILE, CONFIG, SPECIAL, MODEL_CONFIG = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "config.json",
-)
-FAMILIES = ("huggingface", "open_clip")
+CONFIG, SPECIAL, MODEL_CONFIG = "tokenizer_config.json", "special_tokens_map.json", "config.json"
 
 
 def read(folder: Path, clean: str, *, blank_sep: bool = False) -> tuple[Tokenize, str | None]:
@@ -47,16 +42,16 @@ def read(folder: Path, clean: str, *, blank_sep: bool = False) -> tuple[Tokenize
     if "added_tokens_decoder" not in config:
         config |= _object(folder / SPECIAL)
     name = _class_name(folder, config)
+    known = CLASSES[name]
     try:
-        parts = dataclasses.replace(_parts(folder, CLASSES[name]), config=config, defaults=CLASSES[name].defaults)
-        if _is_clips(parts):
-            return Tokenize("clip", "canonicalize" if clean == "canonicalize" else "lower"), None
-        tokenizer = CLASSES[name].build(parts)
-        return _rules(parts, CLASSES[name], tokenizer, clean, blank_sep), tokenizer.to_str()
+        with usable(f"its tokenizer, a {name},"):
+            parts = dataclasses.replace(_parts(folder, known), config=config, defaults=known.defaults)
+            if _is_clips(parts):
+                return Tokenize("clip", "canonicalize" if clean == "canonicalize" else "lower"), None
+            tokenizer = known.build(parts)
+            return _rules(parts, known, tokenizer, clean, blank_sep), _written(tokenizer, parts, known)
     except UserError as error:
         raise UserError(f"{folder}: {error}") from error
-    except Exception as error:  # a file may say anything, and the tokenizers library raises nothing more special
-        raise UserError(f"{folder}: its tokenizer, a {name}, cannot be used: {error!r}") from error
 
 
 def _object(path: Path) -> dict[str, Any]:
@@ -77,8 +72,8 @@ def _class_name(folder: Path, config: dict[str, Any]) -> str:
     name = str(name).removesuffix("Fast")
     if name not in CLASSES:
         raise UserError(
-            f"{folder / CONFIG}: tokenizer_class={name!r} is not known here{nearest(name, CLASSES)}; where {FILE} says "
-            'all that it does, write "TokenizersBackend"'
+            f"{folder / CONFIG}: tokenizer_class={name!r} is not known here{nearest(name, CLASSES)}; where "
+            f'{FILE_NAME} says all that it does, write "TokenizersBackend"'
         )
     refused = {"split_special_tokens": True, "truncation_side": "left"}
     if CLASSES[name].siglip:
@@ -92,10 +87,10 @@ def _parts(folder: Path, known: TokenizerClass) -> Parts:
     """Returns the words that a folder has for a class."""
     own = [folder / name for name in known.vocab_files]
     has_own = bool(own) and all(file.exists() for file in own)
-    if (folder / FILE).exists() and not (known.siglip and has_own):
-        return from_json(_object(folder / FILE))
+    if (folder / FILE_NAME).exists() and not (known.siglip and has_own):
+        return from_json(_object(folder / FILE_NAME))
     if not has_own:
-        looked_for = [FILE, *([" with ".join(known.vocab_files)] if own else [])]
+        looked_for = [FILE_NAME, *([" with ".join(known.vocab_files)] if own else [])]
         raise UserError(f"there is no tokenizer; looked for {', or '.join(looked_for)}")
     if own[0].suffix == ".model":
         model = spm.read(own[0].read_bytes())
@@ -128,6 +123,14 @@ def _rules(parts: Parts, known: TokenizerClass, tokenizer: "Tokenizer", clean: s
     return Tokenize("file", clean, pad_id, side.lower() == "left", ids["sep"] if blank_sep else None, known.siglip)
 
 
+def _written(tokenizer: "Tokenizer", parts: Parts, known: TokenizerClass) -> str:
+    """Returns the tokenizer.json; numbers keep their digits, of which the library's reader may lose the last."""
+    content = json.loads(tokenizer.to_str())
+    if known.as_it_is:
+        content = parts.content | {"added_tokens": content["added_tokens"]}
+    return _json(content)
+
+
 def files(bundle: Bundle, family: str) -> dict[str, bytes]:
     """Returns what must lie beside an export, content by file name, so that AutoTokenizer ("huggingface") or
     `open_clip.get_tokenizer("local-dir:…")` ("open_clip") make the same ids.
@@ -144,7 +147,7 @@ def files(bundle: Bundle, family: str) -> dict[str, bytes]:
     if rules.kind == "clip":
         return {} if family == "open_clip" else _clip_files(rules.clean, config)
     if text is None:
-        raise UserError(f"{bundle.origin} came without its tokenizer, {FILE}: the export would be without it, too")
+        raise UserError(f"{bundle.origin} came without its tokenizer, {FILE_NAME}: the export would be without it, too")
     config |= {"padding_side": "left" if rules.pad_left else "right"}
     if rules.siglip:
         return _siglip_files(rules, text, config, family)
@@ -181,7 +184,7 @@ def _clip_files(clean: str, config: dict[str, Any]) -> dict[str, bytes]:
         content["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "NFC"}, *STEPS[clean]]}
     config |= {"tokenizer_class": "CLIPTokenizer" if clean == "lower" else "PreTrainedTokenizerFast"}
     config |= {f"{role}_token": token for role, token in known.defaults.items()}
-    return {FILE: _json(content), CONFIG: _json(config, indent=2)}
+    return {FILE_NAME: _json(content).encode(), CONFIG: _json(config, indent=2).encode()}
 
 
 def _plain_files(rules: Tokenize, text: str, config: dict[str, Any], family: str) -> dict[str, bytes]:
@@ -196,7 +199,7 @@ def _plain_files(rules: Tokenize, text: str, config: dict[str, Any], family: str
     if steps:
         normalizer = content.get("normalizer")
         content["normalizer"] = {"type": "Sequence", "normalizers": [*steps, *([normalizer] if normalizer else [])]}
-    return {FILE: _json(content), CONFIG: _json(config, indent=2)}
+    return {FILE_NAME: _json(content).encode(), CONFIG: _json(config, indent=2).encode()}
 
 
 def _siglip_files(rules: Tokenize, text: str, config: dict[str, Any], family: str) -> dict[str, bytes]:
@@ -216,7 +219,7 @@ def _siglip_files(rules: Tokenize, text: str, config: dict[str, Any], family: st
         pieces, unk_id=parts.unk_id, byte_fallback=parts.byte_fallback, charsmap=parts.charsmap
     )
     config |= {"tokenizer_class": "SiglipTokenizer", "do_lower_case": True, **roles}
-    return {CLASSES["SiglipTokenizer"].vocab_files[0]: spm.write(model), CONFIG: _json(config, indent=2)}
+    return {CLASSES["SiglipTokenizer"].vocab_files[0]: spm.write(model), CONFIG: _json(config, indent=2).encode()}
 
 
 def _kind(word: str, score: float, *, is_unk: bool, bytes_too: bool) -> int:
@@ -239,5 +242,5 @@ def _token_of(id: int, name: str, content: dict[str, Any]) -> str:
     )
 
 
-def _json(content: dict[str, Any], indent: int | None = None) -> bytes:
-    return (json.dumps(content, ensure_ascii=False, indent=indent) + "\n").encode()
+def _json(content: dict[str, Any], indent: int | None = None) -> str:
+    return json.dumps(content, ensure_ascii=False, indent=indent)

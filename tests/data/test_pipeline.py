@@ -57,6 +57,7 @@ def pairs_of(source, *, seed: int = 0, rows=range(GLOBAL), first: int = 0, steps
         image_size=8,
         preprocess=Preprocess(),
         context_length=10,
+        tokenize=tokenizer.tokenize,
         crop_scale=(0.3, 1.0),
     )
 
