@@ -150,17 +150,28 @@ def _read(
         return dataclasses.replace(found, variant=variant, origin=str(source))
     path = _expanded(source)
     if os.path.isfile(path):  # noqa: PTH113 (Path's own fails for a name that is too long)
-        if expected is not None:
-            return open_clip.read_state_dict(path, expected, dtype)
-        found = openai.read(path, dtype)
-        openai.check_certain(path)
-        return found
+        return _read_file(path, expected, dtype)
     if os.path.isdir(path):  # noqa: PTH112
         return _read_folder(path, dtype)
     raise UserError(
         f"{str(source)!r} is no file, no folder, no hf://org/repo, and none of the models that can be downloaded: "
         f"{', '.join(RELEASES)}"
     )
+
+
+def _read_file(path: Path, expected: Architecture | None, dtype: DType | None) -> Bundle:
+    """Returns the model of a file of OpenAI's, which says what it is, or of a state dict as what is expected."""
+    certain = openai.is_certain(path)
+    if expected is not None and not certain:
+        return open_clip.read_state_dict(path, expected, dtype)
+    found = openai.read(path, dtype)
+    if not certain:
+        raise UserError(
+            f"{path}: a state dict does not say how it was trained: OpenAI's models compute QuickGELU, OpenCLIP's most "
+            "often GELU, and the wrong one costs accuracy without an error; give its variant, such as 'ViT-B/32' "
+            "(OpenAI's) or 'ViT-B-32' (OpenCLIP's)"
+        )
+    return found
 
 
 def _read_folder(path: Path, dtype: DType | None) -> Bundle:
@@ -207,8 +218,8 @@ def _check_variant(found: Bundle, expected: Architecture, variant: str) -> None:
     ]
     if any("activation" in difference for difference in differences):
         differences.append(
-            "weights computed with another activation than they were trained with lose points of accuracy and nothing "
-            "says so; if the weights' own word is wrong, insist by activation="
+            "weights that were trained with QuickGELU and are computed with GELU, or the other way round, lose points "
+            "of accuracy, and nothing says so; if the weights' own word is wrong, insist by activation="
         )
     if differences:
         raise UserError(f"{found.origin} is no {variant}: {'; '.join(differences)}")

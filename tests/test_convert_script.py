@@ -96,7 +96,8 @@ def test_weights_that_differ_are_beyond_the_bar(source):
     openai_clip()
     original = openai.read(source, np.float32)
     changed = original.arrays | {"text/blocks/mlp/up/bias": original.arrays["text/blocks/mlp/up/bias"] + 1e-3}
-    rows = parity.compare(Bundle(original.architecture, changed, "", ""), parity.reference(original))
+    expected = parity.reference("openai", source, original.architecture)
+    rows = parity.compare(Bundle(original.architecture, changed, "", ""), expected)
     wrong = {row.name for row in rows if not row.holds}
     assert wrong == {"text block 0", "text block 1", "text features", "logits"}
 
@@ -134,7 +135,7 @@ def test_a_mistake_ends_in_one_line_and_exit_code_2_and_writes_nothing(changed, 
 def test_the_check_without_pytorch_says_how_to_install_it(monkeypatch, source, tmp_path):
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(clip_jax.errors.UserError, match="pip install torch clip-anytorch"):
-        parity.reference(openai.read(source))
+        parity.reference("openai", source, openai.read(source).architecture)
 
 
 def test_weights_that_are_not_finite_do_not_pass(source):

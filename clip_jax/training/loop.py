@@ -10,6 +10,7 @@ from clip_jax.architecture import Architecture
 from clip_jax.config import Config
 from clip_jax.data.pipeline import Order, TrainingPairs, training_batches
 from clip_jax.data.sources import Source, open_source
+from clip_jax.errors import UserError
 from clip_jax.models.clip import Definition
 from clip_jax.models.variants import architecture
 from clip_jax.tokenizer import make
@@ -29,6 +30,8 @@ def train(config: Config, workdir: Path, *, devices: list[jax.Device] | None = N
     """
     # 1. What is computed, and where. Everything that can be wrong is found before anything is written.
     arch = architecture(config.model)
+    if arch.logit_bias:
+        raise UserError(f"{config.model.variant} is trained by a sigmoid loss, which is not here yet; choose another")
     mesh = sharding.make_mesh(config.mesh, devices)
     sharding.check_batch(config.data.global_batch, mesh)
     definition = Definition(arch, dtype=config.model.compute_dtype, remat=config.model.remat)

@@ -141,7 +141,7 @@ def config_of(architecture: Architecture) -> dict[str, Any]:
         UserError: neither family can hold it; says all that the nearer one would take for something else.
     """
     if isinstance(architecture.image, ResNetTower):
-        raise UserError("Hugging Face has no CLIP whose image tower is a ResNet; choose another format")
+        raise UserError("Hugging Face's CLIPModel has no ResNet; choose another format")
     losses = {family.model_type: _lost(architecture, family) for family in FAMILIES.values()}
     family = FAMILIES[min(losses, key=lambda name: len(losses[name]))]
     if lost := losses[family.model_type]:

@@ -136,14 +136,9 @@ def read(path: Path, dtype: DType | None = None) -> Bundle:
     return Bundle(architecture, arrays, variant_of(architecture, path.stem), str(path))
 
 
-def check_certain(path: Path) -> None:
-    """Raises UserError for a file that can be read as OpenAI's, and need not be: a state dict without its numbers."""
-    if not archive.is_torchscript(path) and not NUMBERS & archive.read(path).keys():
-        raise UserError(
-            f"{path}: a state dict does not say how it was trained: OpenAI's models compute QuickGELU, OpenCLIP's most "
-            "often GELU, and the wrong one costs accuracy without an error; give its variant, such as 'ViT-B/32' "
-            "(OpenAI's) or 'ViT-B-32' (OpenCLIP's)"
-        )
+def is_certain(path: Path) -> bool:
+    """Returns whether a file must be OpenAI's; a state dict of the same names without its numbers may be OpenCLIP's."""
+    return zipfile.is_zipfile(path) and (archive.is_torchscript(path) or bool(NUMBERS & archive.read(path).keys()))
 
 
 def write(path: Path, bundle: Bundle) -> None:

@@ -110,6 +110,14 @@ def test_a_finished_run_started_again_changes_nothing(on_one_device, data_dir):
     assert losses(on_one_device) == before
 
 
+def test_a_siglip_is_not_trained_by_the_softmax_loss(data_dir, tmp_path):
+    config = small_config(data_dir)
+    config.model.variant = "ViT-B-16-SigLIP"
+    with pytest.raises(UserError, match="ViT-B-16-SigLIP is trained by a sigmoid loss"):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_workdir_of_another_config_is_refused_by_the_fields_that_differ(on_one_device, data_dir):
     other = small_config(data_dir, seed=1, mesh=MeshConfig(data=1))
     other.optim.learning_rate = 5e-4

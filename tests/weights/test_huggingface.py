@@ -217,10 +217,14 @@ def test_names_shapes_and_parameter_counts_are_those_of_their_classes(name):
     assert sum(x.size for x in shapes.values()) == sum(x.numel() for x in model.parameters())
 
 
+def _parsed(tokenizer: str | None) -> dict | None:
+    return None if tokenizer is None else json.loads(tokenizer)
+
+
 def test_a_folder_of_theirs_is_read_with_all_that_it_says(saved, family):
     found = huggingface.read(saved[family])
     assert found.architecture == SMALL[family]
-    assert found.tokenizer == bundle_of(SMALL[family]).tokenizer
+    assert _parsed(found.tokenizer) == _parsed(bundle_of(SMALL[family]).tokenizer)
     assert found.origin == str(saved[family])
     assert {x.dtype for x in found.arrays.values()} == {np.dtype(np.float32)}
 
@@ -420,7 +424,7 @@ def test_openais_weights_come_back_bit_for_bit(tmp_path):
 @pytest.mark.parametrize(
     ("name", "reasons"),
     [
-        ("RN50", ["Hugging Face has no CLIP whose image tower is a ResNet"]),
+        ("RN50", ["CLIPModel has no ResNet"]),
         (
             "ViT-L-14-CLIPA",
             ["image.pool='class' for 'mean'", "image.pre_norm=True for False", "text.causal=True for False"],
