@@ -46,11 +46,13 @@ LITERALS = ("</s>", "<unk>", "<pad>", "<s>", "<eos>", "<bos>", "<mask>", "[SEP]"
 @lru_cache(maxsize=1)
 def strings() -> list[str]:
     """Returns more than 20,000 distinct strings: those that CLIP's tokenizer is held to, of the pairs of ASCII one in
-    six, and some with special tokens written out. Half a surrogate pair is U+FFFD here: transformers refuses it."""
+    six, some with special tokens written out, and some that repeat a few letters, which can be cut in several ways that
+    are as good. Half a surrogate pair is U+FFFD here: transformers refuses it."""
     texts = {text for family in FAMILIES for text in texts_of(*family)[:: 6 if family[0] is ascii_pairs else 1]}
     rng = random.Random("literals")
     words = [*LITERALS, " ", "a dog", ". ", "日", "é", "▁", "’", "\u3000x", "ΑΣ"]
     texts |= {"".join(rng.choices(words, k=6)) for _ in range(500)}
+    texts |= {"".join(rng.choices("aab′o hz", k=rng.randint(9, 150))) for _ in range(500)}
     return sorted({text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for text in texts})
 
 
