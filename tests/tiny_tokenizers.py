@@ -86,6 +86,22 @@ def write_folder(path: Path, config: dict[str, Any] | None, **files: bytes | str
     return path
 
 
+BOS, EOS, PAD, UNK = range(4)
+WORDS = ["<bos>", "<eos>", "<pad>", "<unk>", "a", "dog", "cat", "and", "日", "the", "digit", "number", "handwritten"]
+
+
+def few_words() -> str:
+    """Returns a tokenizer.json of a few words; it asks for truncation and padding, which are not its to do."""
+    made = Tokenizer(models.WordLevel({word: id for id, word in enumerate(WORDS)}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = [("<bos>", BOS), ("<eos>", EOS)]
+    made.post_processor = processors.TemplateProcessing(single="<bos> $A <eos>", special_tokens=special)
+    made.add_special_tokens(WORDS[:4])
+    made.enable_truncation(3)
+    made.enable_padding(length=5, pad_id=7)
+    return made.to_str()
+
+
 # --- folders as they are on the hubs ---
 
 _SIGLIP_FLAGS = {"lstrip": True, "rstrip": True, "normalized": False, "single_word": False, "special": True}
