@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from oracles import open_clip
 from test_tokenizer import captions
-from tiny_tokenizers import strings
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tiny_tokenizers import BOS, EOS, PAD, UNK, WORDS, few_words, strings
 
 from clip_jax import tokenizer
 from clip_jax.architecture import Tokenize
@@ -20,22 +19,12 @@ from clip_jax.tokenizer import EOT, SOT, FileTokenizer, make
 from clip_jax.tokenizer.cleaning import CLEANING
 from clip_jax.tokenizer.sentencepiece import CharsMap
 
-BOS, EOS, PAD, UNK = range(4)
-WORDS = ["<bos>", "<eos>", "<pad>", "<unk>", "a", "dog", "cat", "and", "日"]
 RULES = Tokenize("file", clean="whitespace", pad_id=PAD)
 
 
 @pytest.fixture(scope="module")
 def file() -> str:
-    """What the tokenizer.json of a few words says; it asks for truncation and padding, which are not its to do."""
-    made = Tokenizer(models.WordLevel({word: id for id, word in enumerate(WORDS)}, unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    special = [("<bos>", BOS), ("<eos>", EOS)]
-    made.post_processor = processors.TemplateProcessing(single="<bos> $A <eos>", special_tokens=special)
-    made.add_special_tokens(WORDS[:4])
-    made.enable_truncation(3)
-    made.enable_padding(length=5, pad_id=7)
-    return made.to_str()
+    return few_words()
 
 
 def test_rows_are_int32_padded_with_the_rules_id(file):

@@ -46,11 +46,13 @@ LITERALS = ("</s>", "<unk>", "<pad>", "<s>", "<eos>", "<bos>", "<mask>", "[SEP]"
 @lru_cache(maxsize=1)
 def strings() -> list[str]:
     """Returns more than 20,000 distinct strings: those that CLIP's tokenizer is held to, of the pairs of ASCII one in
-    six, and some with special tokens written out. Half a surrogate pair is U+FFFD here: transformers refuses it."""
+    six, some with special tokens written out, and some that repeat a few letters, which can be cut in several ways that
+    are as good. Half a surrogate pair is U+FFFD here: transformers refuses it."""
     texts = {text for family in FAMILIES for text in texts_of(*family)[:: 6 if family[0] is ascii_pairs else 1]}
     rng = random.Random("literals")
     words = [*LITERALS, " ", "a dog", ". ", "日", "é", "▁", "’", "\u3000x", "ΑΣ"]
     texts |= {"".join(rng.choices(words, k=6)) for _ in range(500)}
+    texts |= {"".join(rng.choices("aab′o hz", k=rng.randint(9, 150))) for _ in range(500)}
     return sorted({text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for text in texts})
 
 
@@ -82,6 +84,22 @@ def write_folder(path: Path, config: dict[str, Any] | None, **files: bytes | str
         text = json.dumps(content, ensure_ascii=False) if isinstance(content, dict) else content
         (path / name.replace("__", ".")).write_bytes(text if isinstance(text, bytes) else text.encode())
     return path
+
+
+BOS, EOS, PAD, UNK = range(4)
+WORDS = ["<bos>", "<eos>", "<pad>", "<unk>", "a", "dog", "cat", "and", "日", "the", "digit", "number", "handwritten"]
+
+
+def few_words() -> str:
+    """Returns a tokenizer.json of a few words; it asks for truncation and padding, which are not its to do."""
+    made = Tokenizer(models.WordLevel({word: id for id, word in enumerate(WORDS)}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = [("<bos>", BOS), ("<eos>", EOS)]
+    made.post_processor = processors.TemplateProcessing(single="<bos> $A <eos>", special_tokens=special)
+    made.add_special_tokens(WORDS[:4])
+    made.enable_truncation(3)
+    made.enable_padding(length=5, pad_id=7)
+    return made.to_str()
 
 
 # --- folders as they are on the hubs ---

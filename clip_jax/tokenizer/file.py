@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import json
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,11 +17,7 @@ from clip_jax.architecture import Tokenize
 from clip_jax.errors import UserError
 from clip_jax.tokenizer.cleaning import cleaner
 from clip_jax.tokenizer.rows import check_room, fill, strings
-from clip_jax.tokenizer.sentencepiece import CharsMap, siglip_normaliser
-
-if TYPE_CHECKING:
-    import tokenizers
-
+from clip_jax.tokenizer.sentencepiece import CharsMap, Siglip, Unigram
 
 FILE_NAME = "tokenizer.json"
 
@@ -61,9 +56,10 @@ class FileTokenizer:
         Raises:
             UserError: the file is no tokenizer's.
         """
-        texts, clean, backend = strings(texts), cleaner(self.rules.clean), self._backend
-        check_room(context_length, backend.num_special_tokens_to_add(is_pair=False))
-        ids_b = self._encode([clean(text) for text in texts], context_length if truncate else None)
+        texts, clean, encoder = strings(texts), cleaner(self.rules.clean), self._encoder
+        check_room(context_length, encoder.num_special)
+        with usable(f"the {FILE_NAME}"):
+            ids_b = encoder.encode([clean(text) for text in texts], context_length if truncate else None)
         ids_bL = fill(ids_b, texts, context_length, self.rules.pad_id, self.rules.pad_left)
         if self.rules.blank_id is not None:
             ids_bL[ids_bL == self.rules.blank_id] = 0
@@ -76,42 +72,63 @@ class FileTokenizer:
         Raises:
             UserError: the file is no tokenizer's.
         """
-        return max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        return self._encoder.vocab_size
 
     @property
-    def _backend(self) -> "tokenizers.Tokenizer":
-        return _built(self.file, self.rules.siglip)[0]
-
-    def _encode(self, texts: list[str], at_most: int | None) -> list[list[int]]:
-        """Returns the ids of cleaned texts, with the tokens that go around them."""
-        backend, normalise = _built(self.file, self.rules.siglip)
-        texts = [normalise(text) for text in texts]
+    def _encoder(self) -> "_Encoder":
         with usable(f"the {FILE_NAME}"):
-            if len(texts) == 1:  # threads of the library's own would be in the way of processes forked later
-                encodings = [backend.encode(texts[0], add_special_tokens=False)]
-            else:
-                encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
-        if at_most is not None:
-            for encoding in encodings:
-                encoding.truncate(at_most - backend.num_special_tokens_to_add(is_pair=False))
-        return [backend.post_process(encoding).ids for encoding in encodings]
+            return _siglip(self.file) if self.rules.siglip else _library(self.file)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Encoder:
+    """What makes ids of texts: (texts, at most how many ids each or None) → ids."""
+
+    encode: Callable[[list[str], int | None], list[list[int]]]
+    num_special: int  # tokens that go around a text
+    vocab_size: int
 
 
 @functools.lru_cache(maxsize=4)
-def _built(file: str, siglip: bool) -> tuple["tokenizers.Tokenizer", Callable[[str], str]]:
-    """Returns the library's tokenizer, and what is done to a text before it sees it."""
+def _library(file: str) -> _Encoder:
+    """Returns the `tokenizers` library's computation of a file."""
     from tokenizers import Tokenizer
 
-    with usable(f"the {FILE_NAME}"):
-        tokenizer = Tokenizer.from_str(file)
+    tokenizer = Tokenizer.from_str(file)
     tokenizer.no_truncation()  # both are done here, so that no call changes what another one sees
     tokenizer.no_padding()
-    if not siglip:
-        return tokenizer, str
-    tokenizer.normalizer = None
-    special = tuple(token.content for token in tokenizer.get_added_tokens_decoder().values())
-    with usable(f"the map of characters in the {FILE_NAME}"):
-        return tokenizer, siglip_normaliser(CharsMap.read(charsmap_bytes(json.loads(file))), special)
+    num_special = tokenizer.num_special_tokens_to_add(is_pair=False)
+
+    def encode(texts: list[str], at_most: int | None) -> list[list[int]]:
+        if len(texts) == 1:  # threads of the library's own would be in the way of processes forked later
+            encodings = [tokenizer.encode(texts[0], add_special_tokens=False)]
+        else:
+            encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        if at_most is not None:
+            for encoding in encodings:
+                encoding.truncate(at_most - num_special)
+        return [tokenizer.post_process(encoding).ids for encoding in encodings]
+
+    ids = tokenizer.get_vocab(with_added_tokens=True).values()
+    return _Encoder(encode, num_special, max(ids, default=-1) + 1)
+
+
+@functools.lru_cache(maxsize=4)
+def _siglip(file: str) -> _Encoder:
+    """Returns what SiglipTokenizer computes with the words, the map of characters and the tokens of a file."""
+    content = json.loads(file)
+    model = content["model"]
+    pieces = [(piece, score) for piece, score in model["vocab"]]
+    special = {token["content"]: token["id"] for token in content["added_tokens"]}
+    (eos,) = content["post_processor"]["special_tokens"].values()
+    unigram = Unigram(pieces, model["unk_id"], byte_fallback=model["byte_fallback"])
+    siglip = Siglip(unigram, CharsMap.read(charsmap_bytes(content)), special, pieces[model["unk_id"]][0])
+
+    def encode(texts: list[str], at_most: int | None) -> list[list[int]]:
+        end = None if at_most is None else at_most - len(eos["ids"])
+        return [siglip.encode(text)[:end] + eos["ids"] for text in texts]
+
+    return _Encoder(encode, len(eos["ids"]), max(len(pieces), *(id + 1 for id in special.values())))
 
 
 def charsmap_bytes(content: dict) -> bytes:

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from absl import flags
 from PIL import Image
+from tiny_tokenizers import BOS, EOS, PAD, few_words
 
 from clip_jax import tokenizer
-from clip_jax.architecture import Preprocess
+from clip_jax.architecture import Preprocess, Tokenize
 from clip_jax.data.pipeline import Order, TrainingPairs, evaluation_batches, randomness, training_batches
 from clip_jax.data.sources import Record, open_source
 from clip_jax.data.transforms import random_crop
@@ -161,6 +162,18 @@ def test_worker_processes_read_the_same_also_after_a_resume(workers, data_dir):
     source = open_source("tfds:captioned_digits", data_dir=str(data_dir))
     pairs = pairs_of(source, rows=[4, 5, 6, 7], first=2, steps=5)
     assert_equal(read(pairs, workers=workers), read(pairs))
+
+
+def test_worker_processes_tokenize_by_a_file(data_dir):
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+    source = open_source("tfds:captioned_digits", data_dir=str(data_dir))
+    by_file = tokenizer.make(Tokenize("file", clean="lower", pad_id=PAD), few_words())
+    pairs = dataclasses.replace(pairs_of(source, steps=2), tokenize=by_file)
+    batches = read(pairs, workers=1)
+    assert_equal(batches, read(pairs))
+    assert all((tokens == EOS).sum() == 1 and tokens[0] == BOS for batch in batches for tokens in batch.tokens)
+    assert len({tuple(tokens) for batch in batches for tokens in batch.tokens.tolist()}) > 3
 
 
 def test_tokens_are_those_of_one_of_the_records_captions_and_every_caption_has_its_turn():

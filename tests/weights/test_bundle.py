@@ -39,6 +39,7 @@ def some_bundle(architecture: Architecture = RESNET, *, seed: int = 0, dtype: ty
 
 def assert_same(found: Bundle, expected: Bundle) -> None:
     assert (found.architecture, found.variant) == (expected.architecture, expected.variant)
+    assert found.tokenizer == expected.tokenizer
     assert found.arrays.keys() == expected.arrays.keys()
     for path, x in expected.arrays.items():
         assert (found.arrays[path].dtype, found.arrays[path].shape) == (x.dtype, x.shape)
@@ -59,6 +60,33 @@ def test_what_is_written_is_read_bit_for_bit_in_its_own_dtype(architecture, dtyp
     found = read_folder(tmp_path / "a" / "model")
     assert_same(found, written)
     assert found.origin == str(tmp_path / "a" / "model")
+
+
+BY_FILE = dataclasses.replace(RESNET, tokenize=Tokenize("file", "canonicalize", pad_id=1))
+
+
+def test_a_tokenizer_in_a_file_lies_beside_the_weights(tmp_path):
+    written = dataclasses.replace(some_bundle(BY_FILE), tokenizer='{"model": "日"}')
+    write_folder(tmp_path, written)
+    assert (tmp_path / "tokenizer.json").read_text(encoding="utf-8") == written.tokenizer
+    assert_same(read_folder(tmp_path), written)
+    write_folder(tmp_path, dataclasses.replace(written, tokenizer="{}"))
+    assert read_folder(tmp_path).tokenizer == "{}"
+    (tmp_path / "tokenizer.json").unlink()
+    assert read_folder(tmp_path).tokenizer is None
+
+
+def test_a_tokenizer_of_somebody_elses_that_lies_there_is_not_taken_for_clips_own(tmp_path):
+    write_folder(tmp_path, some_bundle())
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert read_folder(tmp_path).tokenizer is None
+
+
+def test_a_tokenizer_that_is_no_text_is_refused_by_its_path(tmp_path):
+    write_folder(tmp_path, some_bundle(BY_FILE))
+    (tmp_path / "tokenizer.json").write_bytes(b"\xff")
+    with pytest.raises(UserError, match=r"tokenizer\.json cannot be read"):
+        read_folder(tmp_path)
 
 
 def test_the_same_model_gives_the_same_bytes_and_the_files_are_as_readable_as_any(tmp_path):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,8 @@ from clip_jax.weights import sentencepiece_model as spm
 from clip_jax.weights import tokenizer_files
 from clip_jax.weights.bundle import Bundle
 
+# SiglipTokenizer says so of a text that ends with the token that ends a text.
+pytestmark = pytest.mark.filterwarnings("ignore:This sequence already has </s>")
 LENGTH = 64
 FOLDERS: dict[str, Callable[[Path], Path]] = {
     "siglip": tiny.siglip,
@@ -34,6 +35,7 @@ FOLDERS: dict[str, Callable[[Path], Path]] = {
     "bert": tiny.bert,
     "bert cased": lambda path: tiny.bert(path, do_lower_case=False, strip_accents=True, tokenize_chinese_chars=False),
 }
+SIGLIPS = ("siglip", "t5 file", "gemma saved")  # as Hugging Face, OpenCLIP and SigLIP 2 have it
 SAVED = ("t5", "mt5", "gemma", "xlm-roberta", "bert")  # once more as a tokenizer.json that transformers wrote
 
 
@@ -44,9 +46,7 @@ def theirs(folder: Path) -> Any:
 
 
 def their_ids(tokenizer: Any, texts: list[str]) -> np.ndarray:
-    with warnings.catch_warnings():  # SiglipTokenizer's, of a text that ends with the token that ends a text
-        warnings.simplefilter("ignore")
-        return np.asarray(tokenizer(texts, max_length=LENGTH, padding="max_length", truncation=True).input_ids)
+    return np.asarray(tokenizer(texts, max_length=LENGTH, padding="max_length", truncation=True).input_ids)
 
 
 def our_ids(folder: Path, texts: list[str], clean: str = "none", **options) -> np.ndarray:
@@ -72,7 +72,7 @@ def test_there_are_more_than_20_000_distinct_strings():
 @pytest.mark.parametrize("name", [*FOLDERS, *(f"{name} saved" for name in SAVED)])
 def test_ids_equal_those_of_transformers(name, tmp_path):
     folder = folder_of(name, tmp_path)
-    texts = tiny.strings()
+    texts = tiny.strings()[:: 1 if name in SIGLIPS else 10]
     differ = (our_ids(folder, texts) != their_ids(theirs(folder), texts)).any(1)
     assert not differ.sum(), [texts[i] for i in np.flatnonzero(differ)[:5]]
 
@@ -95,13 +95,13 @@ def test_the_file_is_what_transformers_has_in_memory(name, tmp_path):
 @pytest.mark.parametrize("make_folder", [tiny.t5_file, tiny.gemma])
 @pytest.mark.parametrize("clean", ["canonicalize", "whitespace"])
 def test_ids_equal_those_of_openclips_wrapper(make_folder, clean, tmp_path):
-    folder, texts = make_folder(tmp_path), tiny.strings()[::5]
+    folder, texts = make_folder(tmp_path), tiny.strings()[::10]
     wrapper = open_clip().tokenizer.HFTokenizer(folder, context_length=LENGTH, clean=clean)
     assert np.array_equal(our_ids(folder, texts, clean), wrapper(texts).numpy())
 
 
 def test_clipas_ids_equal_those_of_openclips_wrapper_which_blanks_the_last_token(tmp_path):
-    folder, texts = tiny.bert(tmp_path), tiny.strings()[::5]
+    folder, texts = tiny.bert(tmp_path), tiny.strings()[::10]
     wrapper = open_clip().tokenizer.HFTokenizer(folder, context_length=LENGTH, strip_sep_token=True)
     ours = our_ids(folder, texts, "whitespace", blank_sep=True)
     assert np.array_equal(ours, wrapper(texts).numpy())
@@ -115,7 +115,7 @@ def test_siglip_2_is_lower_case_where_its_class_or_its_config_says_so(tmp_path):
     config = json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text())
     config |= {"tokenizer_class": "Siglip2Tokenizer", "padding_side": "right"}
     siglip2 = tiny.write_folder(tmp_path / "saved", config)
-    texts = tiny.strings()
+    texts = tiny.strings()[::5]
     want = their_ids(theirs(siglip2), texts)
     assert np.array_equal(our_ids(siglip2, texts), want)
     assert np.array_equal(our_ids(gemma, texts), want)
@@ -188,7 +188,7 @@ def test_words_that_are_almost_clips_are_not(tmp_path):
     [
         (
             {"tokenizer_class": "LlamaTokenizer"},
-            r"tokenizer_class='LlamaTokenizer' is not known here; there are: Bert.* write",
+            r"tokenizer_class='LlamaTokenizer' is not known here.* write",
         ),
         ({"tokenizer_class": "T5TokeniserFast"}, "did you mean 'T5Tokenizer'"),
         ({"tokenizer_class": "T5Tokenizer", "truncation_side": "left"}, "not known here: truncation_side=left"),
@@ -326,12 +326,12 @@ def test_autotokenizer_makes_the_same_ids_of_an_export(name, clean, tmp_path):
     folder = export(tmp_path / "to", bundle_of(rules, text), "huggingface")
     texts = [
         text
-        for text in tiny.strings()[::3]
+        for text in tiny.strings()[::10]
         if clean == "none" or CLEANING["whitespace"](text) == " ".join(text.split())
     ]
     if clean != "none":  # a special token that is written out is found before anything is cleaned
         texts = [text for text in texts if not any(literal in text for literal in tiny.LITERALS)]
-    assert len(texts) > 3000
+    assert len(texts) > 700
     assert np.array_equal(their_ids(theirs(folder), texts), make(rules, text)(texts, LENGTH, True))
 
 
@@ -339,7 +339,7 @@ def test_autotokenizer_makes_the_same_ids_of_an_export(name, clean, tmp_path):
 def test_openclip_makes_the_same_ids_of_an_export(name, clean, tmp_path):
     rules, text = tokenizer_files.read(FOLDERS[name](tmp_path / "from"), clean, blank_sep=name == "bert")
     folder = export(tmp_path / "to", bundle_of(rules, text), "open_clip")
-    texts = tiny.strings()[::5]
+    texts = tiny.strings()[::20]
     found = open_clip().get_tokenizer(f"local-dir:{folder}")(texts).numpy()
     assert np.array_equal(found, make(rules, text)(texts, LENGTH, True))
 
