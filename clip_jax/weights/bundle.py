@@ -138,8 +138,8 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _read_tokenizer(path: Path, architecture: Architecture) -> str | None:
-    """Returns what the folder's tokenizer.json says, None where it has none and the architecture wants none."""
-    if architecture.tokenize.kind != "file" and not os.path.lexists(path):
+    """Returns what the folder's tokenizer.json says, None where the tokenizer is CLIP's own."""
+    if architecture.tokenize.kind == "clip":
         return None
     try:
         return path.read_bytes().decode("utf-8")
