@@ -15,7 +15,7 @@ from clip_jax.errors import UserError
 ACTIVATIONS = ("quick_gelu", "gelu", "gelu_tanh")  # between the two products of an MLP: models/layers.py
 IMAGE_POOLS = ("class", "mean", "map")  # the class token, the mean of the patches, attention: models/vit.py
 TEXT_POOLS = ("argmax", "eos", "last")  # the largest id, the first that is `eos_id`, the last: models/text.py
-TEXT_CLEANING = ("none", "whitespace", "lower", "canonicalize")  # tokenizer.py
+TEXT_CLEANING = ("none", "whitespace", "lower", "canonicalize")  # tokenizer/cleaning.py
 TOKENIZERS = ("clip", "file")  # OpenAI's, which is in this package; one that is in a file beside the weights
 RESIZES = ("shortest", "squash", "longest")  # what becomes of an image that is no square: data/transforms.py
 INTERPOLATIONS = ("bicubic", "bilinear")

@@ -13,7 +13,7 @@ from test_tokenizer import captions
 from tiny_tokenizers import BOS, EOS, PAD, UNK, WORDS, few_words, strings
 
 from clip_jax import tokenizer
-from clip_jax.architecture import Tokenize
+from clip_jax.architecture import TEXT_CLEANING, Tokenize
 from clip_jax.errors import UserError
 from clip_jax.tokenizer import EOT, SOT, FileTokenizer, make
 from clip_jax.tokenizer.cleaning import CLEANING
@@ -110,6 +110,10 @@ def test_clips_own_tokenizer_keeps_capitals_where_the_rule_does():
         [SOT, 320, 1929, EOT, 0],
         [SOT, 1929, 1929, 1929, EOT],
     ]
+
+
+def test_every_rule_is_a_word_of_an_architecture():
+    assert tuple(CLEANING) == TEXT_CLEANING
 
 
 @pytest.mark.parametrize("rule", CLEANING)

@@ -167,14 +167,13 @@ class Siglip:
 
     def __init__(self, model: Unigram, charsmap: CharsMap, special: Mapping[str, int], unk: str):
         """`special` are the tokens that are found in a text before anything is done to it, with their ids."""
-        self.model, self.charsmap, self.special = model, charsmap, special
+        self.model, self.charsmap, self.special = model, charsmap, dict(special)
         self.written_out = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)")
         self.before = SPACE + unk
         self.num_before = len(model.encode(self.before))
 
     def encode(self, text: str) -> list[int]:
-        """Returns the ids of a text. The space that SentencePiece puts first is there before anything is taken away,
-        so that there are two where a text began with a space or with punctuation."""
+        """Returns the ids of a text; a space is put before it, not before what follows a special token."""
         text, ids, at = SPACE + text.replace(SPACE, " "), [], 0
         for token in self.written_out.finditer(text):
             ids += [*self._encode(text[at : token.start()]), self.special[token.group()]]

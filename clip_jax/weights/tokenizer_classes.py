@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
+from clip_jax.errors import UserError
 from clip_jax.tokenizer.clip import WORDS
 from clip_jax.tokenizer.sentencepiece import SPACE
 from clip_jax.weights.tokenizer_parts import ROLES, Parts
@@ -18,7 +19,7 @@ from clip_jax.weights.tokenizer_parts import ROLES, Parts
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer
 
-EXTRA_IDS = 100  # that T5 has unless its config says otherwise
+EXTRA_IDS, LARGEST_EXTRA_IDS = 100, 10_000  # that T5 has unless its config says otherwise; that anybody could want
 
 
 def _tokens(parts: Parts, generated: Iterable[str] = ()) -> list["AddedToken"]:
@@ -57,6 +58,8 @@ def _unigram(parts: Parts, unk_id: int) -> "Tokenizer":
 
 def _t5(parts: Parts) -> "Tokenizer":
     extra_ids = parts.config.get("extra_ids", EXTRA_IDS)
+    if extra_ids > LARGEST_EXTRA_IDS:
+        raise UserError(f"{extra_ids=} should be 0 to {LARGEST_EXTRA_IDS}")
     if parts.content is None:  # the model does not have them
         vocab = [*parts.vocab, *((f"<extra_id_{i}>", 0.0) for i in reversed(range(extra_ids)))]
         parts = dataclasses.replace(parts, vocab=vocab)
@@ -111,10 +114,8 @@ def _gemma(parts: Parts) -> "Tokenizer":
     tokenizer.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
     tokenizer.add_tokens(_tokens(parts))
     if parts.content is None:
-        flags = [parts.config.get(f"add_{role}_token") for role in ("bos", "eos")]
-        _around(
-            tokenizer, *(parts.role(role) if flag else None for role, flag in zip(("bos", "eos"), flags, strict=True))
-        )
+        first, last = (parts.role(role) if parts.config.get(f"add_{role}_token") else None for role in ("bos", "eos"))
+        _around(tokenizer, first, last)
     elif parts.content.get("post_processor"):
         tokenizer.post_processor = _post_processor(parts.content["post_processor"])
     return tokenizer

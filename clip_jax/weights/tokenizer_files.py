@@ -149,9 +149,8 @@ def files(bundle: Bundle, family: str) -> dict[str, bytes]:
     if text is None:
         raise UserError(f"{bundle.origin} came without its tokenizer, {FILE_NAME}: the export would be without it, too")
     config |= {"padding_side": "left" if rules.pad_left else "right"}
-    if rules.siglip:
-        return _siglip_files(rules, text, config, family)
-    return _plain_files(rules, text, config, family)
+    with usable(f"{bundle.origin}: its tokenizer"):
+        return (_siglip_files if rules.siglip else _plain_files)(rules, json.loads(text), config, family)
 
 
 # What `clean` does but for what Hugging Face cannot, as steps of a tokenizer.json's normalizer. Rust's lower case knows
@@ -187,9 +186,8 @@ def _clip_files(clean: str, config: dict[str, Any]) -> dict[str, bytes]:
     return {FILE_NAME: _json(content).encode(), CONFIG: _json(config, indent=2).encode()}
 
 
-def _plain_files(rules: Tokenize, text: str, config: dict[str, Any], family: str) -> dict[str, bytes]:
+def _plain_files(rules: Tokenize, content: dict[str, Any], config: dict[str, Any], family: str) -> dict[str, bytes]:
     """Returns the tokenizer.json, and a config whose class takes it as it is."""
-    content = json.loads(text)
     config |= {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": _token_of(rules.pad_id, "pad_id", content)}
     if rules.blank_id is not None:
         if family == "huggingface":
@@ -202,11 +200,10 @@ def _plain_files(rules: Tokenize, text: str, config: dict[str, Any], family: str
     return {FILE_NAME: _json(content).encode(), CONFIG: _json(config, indent=2).encode()}
 
 
-def _siglip_files(rules: Tokenize, text: str, config: dict[str, Any], family: str) -> dict[str, bytes]:
+def _siglip_files(rules: Tokenize, content: dict[str, Any], config: dict[str, Any], family: str) -> dict[str, bytes]:
     """Returns the model that SiglipTokenizer runs SentencePiece with, and the class's config."""
     if rules.clean == "canonicalize" and family == "huggingface":
         raise UserError("Hugging Face's SiglipTokenizer cannot make spaces of _, as tokenize.clean='canonicalize' does")
-    content = json.loads(text)
     parts = from_json(content)
     (eos,) = content["post_processor"]["special_tokens"]
     ids = {"pad": rules.pad_id, "unk": parts.unk_id}

@@ -198,6 +198,7 @@ def test_words_that_are_almost_clips_are_not(tmp_path):
         ({"tokenizer_class": "GemmaTokenizer"}, r"no tokenizer; looked for tokenizer\.json, or tokenizer\.model$"),
         ({"tokenizer_class": "CLIPTokenizer"}, r"looked for tokenizer\.json, or vocab\.json with merges\.txt$"),
         ({"tokenizer_class": "T5Tokenizer", "extra_ids": "x"}, "its tokenizer, a T5Tokenizer, cannot be used"),
+        ({"tokenizer_class": "T5Tokenizer", "extra_ids": 10**12}, "extra_ids=1000000000000 should be 0 to 10000"),
         ({}, r"no tokenizer; looked for tokenizer\.json$"),
     ],
 )
