@@ -2,10 +2,10 @@
 # make test         what every change must pass, 15 minutes at most on 2 cores
 # make test-full    everything, the full-size and long cases too
 # make test-latest  all that needs no PyTorch, on the newest JAX (needs a Python of 3.12 or later)
-# make benchmark    clip_jax beside OpenAI's own code on this machine (a few minutes)
+# make benchmark    clip_jax beside OpenAI's own code on this machine, and the memory of conversions (a few minutes)
 # make lint         ruff
 # make clean        removes what these have set up, and leaves your runs
-# Each sets up what it needs, in folders that begin with .venv.
+# Each sets up what it needs, in folders that begin with .venv. Tests run in two processes; JOBS=1 makes it one.
 
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -16,6 +16,8 @@ VENV := .venv
 VENV_TEST := .venv-test
 VENV_LATEST := .venv-latest
 WORKDIR ?= runs/quickstart
+JOBS ?= 2
+PYTEST := -m pytest --numprocesses=$(JOBS) --dist=loadfile
 DATASET := tfds:captioned_digits:test
 
 # The PyTorch references, for tests only. torch: exactly this one (PyPI's newest brings gigabytes of CUDA); some
@@ -32,21 +34,22 @@ quickstart: $(VENV)/.ready
 	@echo "The picture to look at: $$(ls $(WORKDIR)/eval/*/*_matches.png | tail -n 1)"
 
 test: $(VENV_TEST)/.ready
-	$(VENV_TEST)/bin/python -m pytest -m "not full"
+	$(VENV_TEST)/bin/python $(PYTEST) -m "not full"
 
 test-full: $(VENV_TEST)/.ready
-	$(VENV_TEST)/bin/python -m pytest
+	$(VENV_TEST)/bin/python $(PYTEST)
 
 ifeq ($(PYTHON_LATEST),)
 test-latest:
 	@echo "make test-latest: no Python 3.12 or later found; set PYTHON_LATEST=/path/to/python3.13 to run it"
 else
 test-latest: $(VENV_LATEST)/.ready
-	$(VENV_LATEST)/bin/python -m pytest -m "not full"
+	$(VENV_LATEST)/bin/python $(PYTEST) -m "not full"
 endif
 
 benchmark: $(VENV_TEST)/.ready
 	$(VENV_TEST)/bin/python benchmarks/openai_clip.py
+	$(VENV_TEST)/bin/python benchmarks/conversion_memory.py
 
 lint: $(VENV_TEST)/.ready
 	$(VENV_TEST)/bin/python -m ruff check .
