@@ -211,9 +211,7 @@ class Tokenize:
     pad_id: int = 0
     pad_left: bool = False
     blank_id: int | None = None  # an id that is replaced by 0 (CLIPA: BERT's [SEP])
-    siglip: bool = (
-        False  # whether text is normalised as Hugging Face's SiglipTokenizer does: tokenizer/sentencepiece.py
-    )
+    siglip: bool = False  # whether the file is run as Hugging Face's SiglipTokenizer does: tokenizer/sentencepiece.py
 
     def __post_init__(self):
         _check_words("tokenize.", kind=(self.kind, TOKENIZERS), clean=(self.clean, TEXT_CLEANING))
