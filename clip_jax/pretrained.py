@@ -14,17 +14,18 @@ import jax
 import numpy as np
 import rich.console
 
-from clip_jax.architecture import ACTIVATIONS, Architecture, ResNetTower
+from clip_jax.architecture import ACTIVATIONS, Architecture
 from clip_jax.config import ModelConfig, leaves
 from clip_jax.errors import UserError, nearest
 from clip_jax.files import read_json
 from clip_jax.models.clip import Definition
-from clip_jax.models.variants import architecture
+from clip_jax.models.variants import RESNETS, architecture, with_activation
 from clip_jax.weights import bundle, hub, huggingface, open_clip, openai, parity
 from clip_jax.weights.bundle import Bundle
 from clip_jax.weights.download import RELEASES, fetch
 from clip_jax.weights.mapping import DType, flatten
 from clip_jax.weights.resize import resize
+from clip_jax.weights.tensors import read_file
 from clip_jax.workdir import Workdir
 
 
@@ -60,11 +61,14 @@ def read(
         raise UserError(f"a model is a name or a path, not {reprlib.repr(source)} of type {type(source).__name__}")
     if source == "":
         raise UserError("the name of a model is empty; the folder one is in is '.'")
+    sizes = {"image_size": asked.image_size, "context_length": asked.context_length}
+    if wrong := [f"{name}={size!r}" for name, size in sizes.items() if size is not None and type(size) is not int]:
+        raise UserError(f"{', '.join(wrong)} should be a whole number")
     if asked.activation is not None and asked.activation not in ACTIVATIONS:
         raise UserError(f"activation={asked.activation!r}{nearest(asked.activation, ACTIVATIONS)}")
-    expected = None if asked.variant is None else _with_activation(architecture(ModelConfig(asked.variant)), asked)
-    found = _read(source, expected, dtype, download_root)
-    found = dataclasses.replace(found, architecture=_with_activation(found.architecture, asked))
+    expected = None if asked.variant is None else _insisted(architecture(ModelConfig(asked.variant)), asked)
+    found = _read(source, expected, asked, dtype, download_root)
+    found = dataclasses.replace(found, architecture=_insisted(found.architecture, asked))
     if expected is not None:
         _check_variant(found, expected, asked.variant)
     return resize(found, asked.image_size, asked.context_length)
@@ -135,6 +139,7 @@ def _peer(original: Bundle, target_format: str) -> str:
 def _read(
     source: str | os.PathLike,
     expected: Architecture | None,
+    asked: Asked,
     dtype: DType | None,
     download_root: str | os.PathLike | None,
 ) -> Bundle:
@@ -144,40 +149,42 @@ def _read(
         return dataclasses.replace(openai.read(file, dtype), variant=str(source), origin=f"openai: {file}")
     if str(source).startswith(hub.PREFIX):
         folder = hub.fetch(str(source))
-        found = _read_folder(folder, dtype)
+        found = _read_folder(folder, asked, dtype)
         repository = str(source).removeprefix(hub.PREFIX)
         variant = repository if found.variant == folder.name else found.variant  # the folder's name is a commit's
         return dataclasses.replace(found, variant=variant, origin=str(source))
     path = _expanded(source)
     if os.path.isfile(path):  # noqa: PTH113 (Path's own fails for a name that is too long)
-        return _read_file(path, expected, dtype)
+        return _read_file(path, expected, asked, dtype)
     if os.path.isdir(path):  # noqa: PTH112
-        return _read_folder(path, dtype)
+        return _read_folder(path, asked, dtype)
     raise UserError(
         f"{str(source)!r} is no file, no folder, no hf://org/repo, and none of the models that can be downloaded: "
         f"{', '.join(RELEASES)}"
     )
 
 
-def _read_file(path: Path, expected: Architecture | None, dtype: DType | None) -> Bundle:
+def _read_file(path: Path, expected: Architecture | None, asked: Asked, dtype: DType | None) -> Bundle:
     """Returns the model of a file of OpenAI's, which says what it is, or of a state dict as what is expected."""
-    certain = openai.is_certain(path)
-    if expected is not None and not certain:
-        return open_clip.read_state_dict(path, expected, dtype)
-    found = openai.read(path, dtype)
-    if not certain:
+    tensors = read_file(path)
+    if openai.is_certain(path, tensors):
+        return openai.bundle_of(tensors, path, dtype)
+    if any(name.startswith(("vision_model.", "text_model.")) for name in tensors):
+        raise UserError(f"{path} has Hugging Face's names; give the folder that it is in, with its config.json")
+    if expected is None or asked.variant in RESNETS:
+        resnet = f"; {asked.variant!r} is OpenAI's, OpenCLIP's are {asked.variant}-quickgelu and {asked.variant}-gelu"
         raise UserError(
-            f"{path}: a state dict does not say how it was trained: OpenAI's models compute QuickGELU, OpenCLIP's most "
-            "often GELU, and the wrong one costs accuracy without an error; give its variant, such as 'ViT-B/32' "
-            "(OpenAI's) or 'ViT-B-32' (OpenCLIP's)"
+            f"{path}: a state dict (of {', '.join(sorted(tensors)[:3])}, …) does not say how it was trained: OpenAI's "
+            "models compute QuickGELU, OpenCLIP's most often GELU, and the wrong one costs accuracy without an error; "
+            f"give its variant, such as 'ViT-B/32' (OpenAI's) or 'ViT-B-32' (OpenCLIP's){resnet if expected else ''}"
         )
-    return found
+    return open_clip.read_state_dict(path, expected, dtype)
 
 
-def _read_folder(path: Path, dtype: DType | None) -> Bundle:
+def _read_folder(path: Path, asked: Asked, dtype: DType | None) -> Bundle:
     """Returns the model of a folder: OpenCLIP's by its own config, others by what their config.json has."""
     if open_clip.is_folder(path):
-        return open_clip.read(path, dtype)
+        return open_clip.read(path, dtype, activation=asked.activation)
     file = path / bundle.CONFIG
     if not os.path.lexists(file):
         raise UserError(
@@ -194,14 +201,9 @@ def _read_folder(path: Path, dtype: DType | None) -> Bundle:
     )
 
 
-def _with_activation(found: Architecture, asked: Asked) -> Architecture:
+def _insisted(found: Architecture, asked: Asked) -> Architecture:
     """Returns the architecture with the activation that the user insists on."""
-    if asked.activation is None:
-        return found
-    towers = {"text": dataclasses.replace(found.text, activation=asked.activation)}
-    if not isinstance(found.image, ResNetTower):
-        towers["image"] = dataclasses.replace(found.image, activation=asked.activation)
-    return dataclasses.replace(found, **towers)
+    return found if asked.activation is None else with_activation(found, asked.activation)
 
 
 def _check_variant(found: Bundle, expected: Architecture, variant: str) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import warnings
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from clip_jax.errors import UserError
 from clip_jax.models import variants
 from clip_jax.models.clip import Definition
 from clip_jax.pretrained import Asked, convert, read
-from clip_jax.weights import archive, openai, parity
+from clip_jax.weights import archive, openai, parity, timm
 from clip_jax.weights.bundle import Bundle, write_folder
 from clip_jax.weights.mapping import flatten
 
@@ -153,6 +154,20 @@ def test_a_siglip_goes_to_hugging_face_and_back_with_its_tokenizer(siglip, tmp_p
         np.testing.assert_array_equal(found, ids[0])
 
 
+def test_a_siglip_that_timm_has_a_tower_for_goes_to_openclip_and_back_with_its_tokenizer(siglip, tmp_path, monkeypatch):
+    transformers()
+    convert(siglip, "huggingface", tmp_path / "from")
+    monkeypatch.setitem(timm.TOWERS, "vit_small_siglip_32", SIGLIP.image)
+    assert convert(tmp_path / "from", "open_clip", tmp_path / "open_clip")
+    assert convert(tmp_path / "open_clip", "huggingface", tmp_path / "back")
+    for file in ("model.safetensors", "config.json"):
+        assert (tmp_path / "back" / file).read_bytes() == (tmp_path / "from" / file).read_bytes()
+    folders = (siglip, tmp_path / "open_clip", tmp_path / "back")
+    first, *others = [clip_jax.load(path)[0].tokenize(TEXTS, truncate=True) for path in folders]
+    for found in others:
+        np.testing.assert_array_equal(found, first)
+
+
 @pytest.mark.parametrize("target_format", ["openai", "open_clip"])
 def test_a_siglip_that_a_format_cannot_hold_is_refused_with_the_reason_and_nothing_is_written(
     target_format, siglip, tmp_path
@@ -227,6 +242,44 @@ def test_quickgelu_weights_are_not_computed_with_gelu_unless_one_insists(small_v
     insisted = read(path, Asked(variant="small", activation="quick_gelu"))
     assert insisted.architecture == VIT
     assert read(path, Asked(activation="gelu")).architecture == variants.VARIANTS["small"]
+
+
+def test_an_activation_that_is_insisted_on_is_computed_whatever_a_folder_says(vit, tmp_path):
+    convert(vit, "open_clip", tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "open_clip_config.json").read_text())
+    del config["model_cfg"]["quick_gelu"]
+    (tmp_path / "model" / "open_clip_config.json").write_text(json.dumps(config))
+    (tmp_path / "model" / "open_clip_model.safetensors").unlink()
+    archive.write(tmp_path / "model" / "open_clip_pytorch_model.bin", openai.state_dict(read(vit)))
+    with pytest.raises(UserError, match=r"OpenAI's .*QuickGELU.*insist by activation="):
+        read(tmp_path / "model")
+    for activation in ("quick_gelu", "gelu"):
+        found = read(tmp_path / "model", Asked(activation=activation)).architecture
+        assert (found.image.activation, found.text.activation) == (activation, activation)
+
+
+def test_a_resnets_bare_name_is_openais_and_does_not_say_what_a_state_dict_is(tmp_path):
+    tensors = {name: x for name, x in openai.state_dict(drawn(RESNET)).items() if name not in openai.NUMBERS}
+    archive.write(tmp_path / "rn.pt", tensors)
+    with pytest.raises(UserError, match=r"'RN50' is OpenAI's, OpenCLIP's are RN50-quickgelu and RN50-gelu"):
+        read(tmp_path / "rn.pt", Asked(variant="RN50"))
+
+
+@pytest.mark.parametrize("size", ["48", 48.0, True])
+def test_a_size_that_is_no_whole_number_is_refused(size, vit):
+    with pytest.raises(UserError, match=r"image_size=.* should be a whole number"):
+        read(vit, Asked(image_size=size))
+
+
+def test_files_of_other_kinds_are_told_apart(vit, tmp_path):
+    (tmp_path / "damaged.pt").write_bytes(vit.read_bytes()[:-30] + b"PK\x05\x06" + bytes(18))
+    with pytest.raises(UserError, match=r"damaged\.pt: "):
+        read(tmp_path / "damaged.pt")
+    convert(vit, "huggingface", tmp_path / "theirs")
+    with pytest.raises(UserError, match="Hugging Face's names; give the folder"):
+        read(tmp_path / "theirs" / "model.safetensors", Asked(variant="ViT-B/32"))
+    with pytest.raises(UserError, match="another folder"):
+        convert(vit, "open_clip", tmp_path / "theirs")
 
 
 @pytest.mark.parametrize("folder_format", ["open_clip", "huggingface", "clip_jax"])

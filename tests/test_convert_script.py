@@ -117,7 +117,7 @@ def test_a_trained_run_becomes_a_folder_that_loads_with_the_same_features(workdi
         ({"source": "ViT-B/31"}, "none of the models that can be downloaded: RN50, RN101"),
         ({"format": "openia"}, "unknown format 'openia'; did you mean 'openai'?"),
         ({"format": None}, "--format is missing"),
-        ({"source": "README.md"}, "not a PyTorch file"),
+        ({"source": "README.md"}, "neither a safetensors file nor one of PyTorch's"),
         ({}, "image.num_heads=1 for 4"),
     ],
     ids=str,

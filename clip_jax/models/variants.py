@@ -53,7 +53,8 @@ def _resnet(embed_dim: int, image: tuple, text_width: int) -> Architecture:
     )
 
 
-def _with_activation(named: Architecture, activation: str) -> Architecture:
+def with_activation(named: Architecture, activation: str) -> Architecture:
+    """Returns the architecture with one activation in both towers; a ResNet has none of its own."""
     image = (
         named.image if isinstance(named.image, ResNetTower) else dataclasses.replace(named.image, activation=activation)
     )
@@ -161,22 +162,22 @@ _GELU = {
     "ViT-bigG-14": _vit(1280, (224, 14, 1664, 48, 16), _BIGG, mlp_dim=8192),
     "ViT-e-14": _vit(1280, (224, 14, 1792, 56, 16), (1280, 36, 20), mlp_dim=15360),
 }
-_GELU = {name: _with_activation(named, "gelu") for name, named in _GELU.items()}
+_GELU = {name: with_activation(named, "gelu") for name, named in _GELU.items()}
 _XLM_V = (901_629, 2, Tokenize("file", clean="whitespace", pad_id=1))
 _MT5 = (250_100, 1, Tokenize("file", clean="canonicalize", pad_id=0))
 OPEN_CLIP = _GELU | {
     # a ResNet itself computes ReLU; "RN50" alone is OpenAI's, in OpenCLIP it is what is "RN50-gelu" here
     **{f"{name}-quickgelu": OPENAI[name] for name in RESNETS},
-    **{f"{name}-gelu": _with_activation(OPENAI[name], "gelu") for name in RESNETS},
+    **{f"{name}-gelu": with_activation(OPENAI[name], "gelu") for name in RESNETS},
     **{
-        f"{name}-quickgelu": _with_activation(_GELU[name], "quick_gelu")
+        f"{name}-quickgelu": with_activation(_GELU[name], "quick_gelu")
         for name in ("ViT-B-32", "ViT-B-16", "ViT-L-14", "ViT-L-14-336", "ViT-H-14", "ViT-H-14-378", "ViT-bigG-14")
     },
     "ViT-L-14-worldwide": _worldwide(_GELU["ViT-L-14"], *_MT5),
-    "ViT-L-14-worldwide-quickgelu": _worldwide(_with_activation(_GELU["ViT-L-14"], "quick_gelu"), *_MT5),
+    "ViT-L-14-worldwide-quickgelu": _worldwide(with_activation(_GELU["ViT-L-14"], "quick_gelu"), *_MT5),
     "ViT-H-14-worldwide": _worldwide(_GELU["ViT-H-14"], *_XLM_V),
     "ViT-H-14-worldwide-378": _worldwide(_GELU["ViT-H-14-378"], *_XLM_V),
-    "ViT-H-14-worldwide-quickgelu": _worldwide(_with_activation(_GELU["ViT-H-14"], "quick_gelu"), *_XLM_V),
+    "ViT-H-14-worldwide-quickgelu": _worldwide(with_activation(_GELU["ViT-H-14"], "quick_gelu"), *_XLM_V),
     "ViT-bigG-14-worldwide": _worldwide(_GELU["ViT-bigG-14"], *_XLM_V),
     "ViT-bigG-14-worldwide-378": _worldwide(resized(_GELU["ViT-bigG-14"], 378), *_XLM_V),
     "ViT-L-14-CLIPA": _clipa(_GELU["ViT-L-14"]),

@@ -133,7 +133,7 @@ def read(path: Path, dtype: DType | None = None) -> Bundle:
         arrays = import_tensors(RULES[family.model_type], weights, shapes, dtype)
     except UserError as error:
         raise UserError(f"{path}: {CONFIG} and {file.name} disagree: {error}") from error
-    variant = variant_of(architecture, path.name)
+    variant = variant_of(architecture, path.resolve().name)
     return Bundle(architecture, arrays, variant, str(path), tokenizer, resize_kernel="bicubic")
 
 
@@ -146,7 +146,8 @@ def write(path: Path, bundle: Bundle) -> None:
         UserError: what the format cannot hold, all of it; a folder that holds anything else, or cannot be written.
     """
     architecture, replaces = bundle.architecture, is_folder(path)
-    if not replaces and os.path.lexists(path / CONFIG):
+    openclips = os.path.lexists(path / "open_clip_config.json")  # which would be read instead
+    if openclips or (not replaces and os.path.lexists(path / CONFIG)):
         raise UserError(f"{path} holds something other than a model in this format; choose another folder")
     try:
         config, preprocessor, tokenizer = all_of(

@@ -220,8 +220,10 @@ def _text_pool(text: dict[str, Any], family: Family) -> dict[str, Any]:
     """Returns our fields that say which position stands for a caption."""
     if family is not CLIP:
         return {"pool": "last"}
-    eos_id = _value(text, "text_config.", "eos_token_id")
-    return {"pool": "argmax"} if eos_id == ARGMAX else {"pool": "eos", "eos_id": eos_id}
+    eos_id, vocab_size = (_value(text, "text_config.", name) for name in ("eos_token_id", "vocab_size"))
+    if eos_id in (ARGMAX, vocab_size - 1):  # the first of the last id of all is the first of the largest
+        return {"pool": "argmax"}
+    return {"pool": "eos", "eos_id": eos_id}
 
 
 def _check_required(config: dict[str, Any], image: dict[str, Any]) -> None:

@@ -16,10 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
-from clip_jax.architecture import Architecture, ResNetTower
+from clip_jax.architecture import Architecture
 from clip_jax.errors import UserError
 from clip_jax.files import read_json
 from clip_jax.models.clip import Definition
+from clip_jax.models.variants import with_activation
 from clip_jax.weights import folder, openai, timm, tokenizer_files
 from clip_jax.weights.bundle import Bundle, variant_of
 from clip_jax.weights.mapping import DType, Rule, export_tensors, flatten, import_tensors
@@ -66,8 +67,10 @@ def is_folder(path: Path) -> bool:
     return has(CONFIG) and (not has("config.json") or any(map(has, own)))
 
 
-def read(path: Path, dtype: DType | None = None) -> Bundle:
+def read(path: Path, dtype: DType | None = None, *, activation: str | None = None) -> Bundle:
     """Returns the model in one of OpenCLIP's folders; floats in `dtype`, or where that is None as they are.
+
+    An `activation` that is given is computed whatever the config and the weights say.
 
     Raises:
         UserError: a config that is not understood; then all that is wrong with tokenizer and weights: they are not
@@ -78,6 +81,8 @@ def read(path: Path, dtype: DType | None = None) -> Bundle:
         architecture = architecture_of(config)
     except UserError as error:
         raise UserError(f"{path / CONFIG}: {error}") from error
+    if activation is not None:
+        architecture = with_activation(architecture, activation)
     problems, tokenizer, arrays = [], None, {}
     try:
         if architecture.tokenize.kind == "file":
@@ -89,13 +94,14 @@ def read(path: Path, dtype: DType | None = None) -> Bundle:
         problems.append(f"{error}; {CONFIG} names {name!r}, whose tokenizer belongs into the folder")
     try:
         tensors, file = read_first(path, WEIGHTS)
-        remedy = f'write "quick_gelu": true into the model_cfg of {path / CONFIG}'
-        arrays = _arrays(tensors, architecture, dtype, whose=f"{file}, by {path / CONFIG}", remedy=remedy)
+        remedy = f'write "quick_gelu": true into the model_cfg of {path / CONFIG}, or insist by activation="quick_gelu"'
+        whose = f"{file}, by {path / CONFIG}"
+        arrays = _arrays(tensors, architecture, dtype, whose=whose, remedy=remedy, insists=activation is not None)
     except UserError as error:
         problems.append(str(error))
     if problems:
         raise UserError("; ".join(problems))
-    return Bundle(architecture, arrays, variant_of(architecture, path.name), str(path), tokenizer)
+    return Bundle(architecture, arrays, variant_of(architecture, path.resolve().name), str(path), tokenizer)
 
 
 def read_state_dict(path: Path, architecture: Architecture, dtype: DType | None = None) -> Bundle:
@@ -104,7 +110,7 @@ def read_state_dict(path: Path, architecture: Architecture, dtype: DType | None 
     Raises:
         UserError: not such a file, a damaged one, or tensors that are not the architecture's; all of them.
     """
-    name = variant_of(_with_quick_gelu(architecture), "")
+    name = variant_of(with_activation(architecture, "quick_gelu"), "")
     remedy = f"say activation='quick_gelu'{f' or variant={name!r}' if name else ''}"
     arrays = _arrays(read_file(path), architecture, dtype, whose=str(path), remedy=remedy)
     return Bundle(architecture, arrays, variant_of(architecture, path.stem), str(path))
@@ -131,13 +137,19 @@ def rules_of(architecture: Architecture, *, custom_text: bool) -> tuple[Rule, ..
 
 
 def _arrays(
-    tensors: Mapping[str, np.ndarray], architecture: Architecture, dtype: DType | None, *, whose: str, remedy: str
+    tensors: Mapping[str, np.ndarray],
+    architecture: Architecture,
+    dtype: DType | None,
+    *,
+    whose: str,
+    remedy: str,
+    insists: bool = False,
 ) -> Mapping[str, np.ndarray]:
     """Returns our arrays, filled from a file's tensors; `remedy`: how to say that they are computed with QuickGELU."""
     weights = {name: x for name, x in tensors.items() if not re.fullmatch(IGNORED, name)}
     try:
         if weights.keys() >= openai.NUMBERS:
-            if architecture != _with_quick_gelu(architecture):
+            if not insists and architecture != with_activation(architecture, "quick_gelu"):
                 raise UserError(
                     f"these weights are OpenAI's ({', '.join(sorted(openai.NUMBERS))} are among them), trained with "
                     f"QuickGELU; computed with another GELU ({architecture.text.activation!r}) they lose several "
@@ -150,12 +162,3 @@ def _arrays(
         return import_tensors(rules, weights, flatten(Definition(architecture).shapes()), dtype)
     except UserError as error:
         raise UserError(f"{whose}: {error}") from error
-
-
-def _with_quick_gelu(architecture: Architecture) -> Architecture:
-    towers = {"image": architecture.image, "text": architecture.text}
-    quick = {
-        name: tower if isinstance(tower, ResNetTower) else dataclasses.replace(tower, activation="quick_gelu")
-        for name, tower in towers.items()
-    }
-    return dataclasses.replace(architecture, **quick)

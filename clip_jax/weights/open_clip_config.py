@@ -268,10 +268,15 @@ def _lost(architecture: Architecture, config: dict[str, Any]) -> list[str]:
     seen = _parts(config, problems)
     tokenize, preprocess = architecture.tokenize, architecture.preprocess
     meant = {field.name: getattr(architecture, field.name) for field in dataclasses.fields(architecture)} | {
-        "tokenize": Tokenize(tokenize.kind, clean=tokenize.clean),
+        "tokenize": Tokenize(tokenize.kind, clean=_habit(tokenize)),
         "preprocess": dataclasses.replace(preprocess, rgb_first=Preprocess.rgb_first, crop_floor=Preprocess.crop_floor),
     }
     return problems + [line for name, part in meant.items() for line in _differences(name, seen[name], part)]
+
+
+def _habit(tokenize: Tokenize) -> str:
+    """Returns how OpenCLIP cleans texts for a tokenizer in files: at least it mends mojibake and joins white space."""
+    return "whitespace" if tokenize.kind == "file" and tokenize.clean == "none" else tokenize.clean
 
 
 def _differences(name: str, seen: Any, meant: Any) -> list[str]:

@@ -126,7 +126,12 @@ def read(path: Path, dtype: DType | None = None) -> Bundle:
     Raises:
         UserError: not such a file, a damaged one, or tensors that are not those of a CLIP; all of them.
     """
-    tensors = {name: x for name, x in archive.read(path).items() if not _is_ignored(name)}
+    return bundle_of(archive.read(path), path, dtype)
+
+
+def bundle_of(tensors: Mapping[str, np.ndarray], path: Path, dtype: DType | None = None) -> Bundle:
+    """Returns the model that a file's tensors are; errors as `read`'s."""
+    tensors = {name: x for name, x in tensors.items() if not _is_ignored(name)}
     try:
         architecture = architecture_of(tensors)
         weights = {name: x for name, x in tensors.items() if name not in _numbers(architecture)}
@@ -136,9 +141,9 @@ def read(path: Path, dtype: DType | None = None) -> Bundle:
     return Bundle(architecture, arrays, variant_of(architecture, path.stem), str(path))
 
 
-def is_certain(path: Path) -> bool:
+def is_certain(path: Path, tensors: Mapping[str, np.ndarray]) -> bool:
     """Returns whether a file must be OpenAI's; a state dict of the same names without its numbers may be OpenCLIP's."""
-    return zipfile.is_zipfile(path) and (archive.is_torchscript(path) or bool(NUMBERS & archive.read(path).keys()))
+    return bool(NUMBERS & tensors.keys()) or (zipfile.is_zipfile(path) and archive.is_torchscript(path))
 
 
 def write(path: Path, bundle: Bundle) -> None:

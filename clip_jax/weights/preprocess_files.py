@@ -211,7 +211,7 @@ def _word(config: Mapping[str, Any], name: str, words: Mapping[Any, str], defaul
 
 def _level(config: Mapping[str, Any], name: str, default: int) -> int:
     value = config.get(name, default)
-    if not isinstance(value, int) or not 0 <= value <= 255:
+    if type(value) is not int or not 0 <= value <= 255:  # True is an int, too
         raise UserError(f"{name}={reprlib.repr(value)} should be 0 to 255")
     return value
 

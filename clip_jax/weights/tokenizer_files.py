@@ -46,7 +46,7 @@ def read(folder: Path, clean: str, *, blank_sep: bool = False) -> tuple[Tokenize
     try:
         with usable(f"its tokenizer, a {name},"):
             parts = dataclasses.replace(_parts(folder, known), config=config, defaults=known.defaults)
-            if _is_clips(parts):
+            if name == "CLIPTokenizer" and _is_clips(parts):
                 return Tokenize("clip", "canonicalize" if clean == "canonicalize" else "lower"), None
             tokenizer = known.build(parts)
             return _rules(parts, known, tokenizer, clean, blank_sep), _written(tokenizer, parts, known)
@@ -66,7 +66,7 @@ def _object(path: Path) -> dict[str, Any]:
 
 def _class_name(folder: Path, config: dict[str, Any]) -> str:
     """Returns the name of the class that transformers would take."""
-    name, model_type = config.get("tokenizer_class"), _object(folder / MODEL_CONFIG).get("model_type")
+    name, model_type = config.get("tokenizer_class"), str(_object(folder / MODEL_CONFIG).get("model_type"))
     if model_type in NOT_ASKED or name is None:
         name = BY_MODEL_TYPE.get(model_type, "TokenizersBackend")
     name = str(name).removesuffix("Fast")
@@ -107,7 +107,12 @@ def _parts(folder: Path, known: TokenizerClass) -> Parts:
 
 def _is_clips(parts: Parts) -> bool:
     """Returns whether these are CLIP's own words: then ids are those of its tokenizer."""
-    return tuple(parts.merges) == clip.merges() and parts.vocab == {w: id for id, w in enumerate(clip.vocabulary())}
+    words = {word: id for id, word in enumerate(clip.vocabulary())}
+    return (
+        tuple(parts.merges) == clip.merges()
+        and parts.vocab == words
+        and words.keys() >= {token.content for token in parts.added()}
+    )
 
 
 def _rules(parts: Parts, known: TokenizerClass, tokenizer: "Tokenizer", clean: str, blank_sep: bool) -> Tokenize:

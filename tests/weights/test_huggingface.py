@@ -127,12 +127,13 @@ def test_what_a_config_leaves_out_is_as_their_classes_have_it(content):
     assert architecture_of(content) == architecture_of(json.loads(json.dumps(theirs.to_dict())))
 
 
-def test_eos_token_id_2_is_the_largest_id_and_any_other_is_the_first_of_it():
+def test_eos_token_id_2_or_the_last_is_the_largest_id_and_any_other_is_the_first_of_it():
     def text(eos_id):
         return architecture_of({"model_type": "clip", "text_config": {"eos_token_id": eos_id}}).text
 
     assert (text(2).pool, text(2).eos_id) == ("argmax", None)
-    assert (text(49407).pool, text(49407).eos_id) == ("eos", 49407)
+    assert (text(49407).pool, text(49407).eos_id) == ("argmax", None)
+    assert (text(49406).pool, text(49406).eos_id) == ("eos", 49406)
 
 
 def test_sizes_may_be_given_as_two_equal_numbers():

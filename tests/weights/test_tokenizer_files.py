@@ -361,7 +361,20 @@ def test_clips_own_tokenizer_is_exported_as_hugging_face_has_it(clean, tmp_path)
     ours = make(rules, None)(texts, LENGTH, True)
     behind = np.arange(LENGTH) > ours.argmax(1)[:, None]
     assert np.array_equal(their_ids(theirs(folder), texts), np.where(behind, EOT, ours))
-    assert tokenizer_files.read(folder, "none")[1] is None
+    again = tokenizer_files.read(folder, "none")
+    assert (again == (rules, None)) is (clean == "lower")
+    there = make(*again)(texts, LENGTH, True)
+    assert np.array_equal(np.where(behind, 0, there), np.where(behind, 0, ours))
+
+
+def test_clips_words_with_others_added_are_not_clips(tmp_path):
+    folder = export(tmp_path / "to", bundle_of(Tokenize("clip"), None), "huggingface")
+    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    content["added_tokens"].append(content["added_tokens"][-1] | {"id": 49408, "content": "<new>"})
+    (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    rules, text = tokenizer_files.read(folder, "none")
+    assert rules.kind == "file"
+    assert 49408 in make(rules, text)(["a <new> word"], LENGTH, True)
 
 
 def test_openclip_has_clips_own_tokenizer_itself():
