@@ -186,9 +186,7 @@ class Preprocess:
     resize: str = "shortest"
     interpolation: str = "bicubic"
     fill: int = 0  # the grey around an image whose longest side is resized
-    rgb_first: bool = (
-        False  # whether it is made RGB, on white, before it is resized: PIL resizes other modes differently
-    )
+    rgb_first: bool = False  # whether it is made RGB, on white, before it is resized: PIL resizes other modes otherwise
     crop_floor: bool = False  # whether half a pixel at the crop's edge is rounded down, not to even
 
     def __post_init__(self):

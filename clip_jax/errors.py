@@ -1,7 +1,8 @@
 """The one exception that says "you can mend this": what a script prints as one line, exiting with 2."""
 
+import contextlib
 import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 
@@ -14,6 +15,15 @@ def nearest(word: str, known: Iterable[str]) -> str:
     known = sorted(known)
     close = difflib.get_close_matches(word, known, n=1)
     return f"; did you mean {close[0]!r}?" if close else f"; there are: {', '.join(known)}"
+
+
+@contextlib.contextmanager
+def about(whose: Any) -> Iterator[None]:
+    """Puts what a mistake is about, a file or a part of it, before the words of a UserError."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{whose}: {error}") from error
 
 
 def all_of(*calls: Callable[[], Any]) -> list[Any]:

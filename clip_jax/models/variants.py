@@ -3,9 +3,9 @@
 
 import dataclasses
 
-from clip_jax.architecture import Architecture, Preprocess, ResNetTower, TextTower, Tokenize, ViTTower
+from clip_jax.architecture import Architecture, ImageTower, Preprocess, ResNetTower, TextTower, Tokenize, ViTTower
 from clip_jax.config import ModelConfig
-from clip_jax.errors import UserError, nearest
+from clip_jax.errors import UserError, all_of, nearest
 
 # Pixel statistics and resizing of the families that do not use OpenAI's.
 SIGLIP_PREPROCESS = Preprocess((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), resize="squash")
@@ -18,15 +18,22 @@ def resized(named: Architecture, image_size: int | None = None, context_length: 
     """Returns the architecture for images and captions of another size; None: as it is.
 
     Raises:
-        UserError: an image size that the patch does not divide.
+        UserError: an image size that the patch does not divide, a context without room; both.
     """
     image, text = named.image, named.text
-    if image_size is not None and image_size != image.image_size:
-        image = dataclasses.replace(image, image_size=image_size)
-        image.check_divided()
-    if context_length is not None:
-        text = dataclasses.replace(text, context_length=context_length)
+    image, text = all_of(
+        lambda: _of_size(image, image_size),
+        lambda: text if context_length is None else dataclasses.replace(text, context_length=context_length),
+    )
     return dataclasses.replace(named, image=image, text=text)
+
+
+def _of_size(tower: ImageTower, image_size: int | None) -> ImageTower:
+    if image_size is None or image_size == tower.image_size:
+        return tower
+    tower = dataclasses.replace(tower, image_size=image_size)
+    tower.check_divided()
+    return tower
 
 
 def _vit(embed_dim: int, image: tuple, text: tuple, *, context_length: int = 77, **image_changes) -> Architecture:
@@ -86,29 +93,45 @@ SIGLIP_TOWERS = {
 SIGLIP_VOCABULARIES = {"en": (32_000, 1), "i18n": (250_000, 1), "v2": (256_000, 0)}
 
 
+def siglip_tower(size: str, patch_size: int, image_size: int, activation: str = "gelu") -> ViTTower:
+    """Returns SigLIP's image tower, which has neither a class token nor a projection."""
+    return ViTTower(
+        image_size,
+        patch_size,
+        *SIGLIP_TOWERS[size],
+        activation=activation,
+        eps=1e-6,
+        pool="map",
+        class_token=False,
+        pre_norm=False,
+        patch_bias=True,
+        projection=False,
+    )
+
+
 def _siglip(
-    size: str, patch: int, image_size: int, vocabulary: str = "en", activation: str = "gelu", **text_changes
+    size: str, patch_size: int, image_size: int, vocabulary: str = "en", activation: str = "gelu", **text_changes
 ) -> Architecture:
     """Returns SigLIP (arXiv 2303.15343) or SigLIP 2 (arXiv 2502.14786) as OpenCLIP computes it; `activation` is the
     image tower's. Hugging Face computes GELU's tanh approximation throughout, as the weights were trained."""
-    width, depth, heads, mlp_dim = SIGLIP_TOWERS[size]
-    text_width, text_depth, text_heads, text_mlp_dim = SIGLIP_TOWERS["SO400M" if size == "gopt" else size]
-    vocab_size, pad_id = SIGLIP_VOCABULARIES[vocabulary]
-    flags = {"eps": 1e-6, "pool": "map", "class_token": False, "pre_norm": False, "patch_bias": True}
-    text_flags = {"eps": 1e-6, "causal": False, "pool": "last", "projection_bias": True}
-    text_activation = "gelu_tanh" if vocabulary == "v2" else "gelu"
-    changes = {"context_length": 64, "activation": text_activation} | text_flags | text_changes
+    image, (vocab_size, pad_id) = (
+        siglip_tower(size, patch_size, image_size, activation),
+        SIGLIP_VOCABULARIES[vocabulary],
+    )
+    text = TextTower(
+        64,
+        vocab_size,
+        *SIGLIP_TOWERS["SO400M" if size == "gopt" else size],
+        activation="gelu_tanh" if vocabulary == "v2" else "gelu",
+        eps=1e-6,
+        causal=False,
+        pool="last",
+        projection_bias=True,
+    )
     return Architecture(
-        width,
-        ViTTower(image_size, patch, width, depth, heads, mlp_dim, activation=activation, projection=False, **flags),
-        TextTower(
-            vocab_size=vocab_size,
-            width=text_width,
-            depth=text_depth,
-            num_heads=text_heads,
-            mlp_dim=text_mlp_dim,
-            **changes,
-        ),
+        image.width,
+        image,
+        dataclasses.replace(text, **text_changes),
         SIGLIP_PREPROCESS,
         Tokenize("file", clean="canonicalize", pad_id=pad_id),
         logit_bias=True,

@@ -20,8 +20,8 @@ import numpy as np
 
 from clip_jax.architecture import Architecture, Preprocess, Tokenize
 from clip_jax.config import build
-from clip_jax.errors import UserError
-from clip_jax.files import read_json
+from clip_jax.errors import UserError, about, all_of
+from clip_jax.files import read_json, read_text
 from clip_jax.models.clip import Definition
 from clip_jax.models.variants import VARIANTS
 from clip_jax.tokenizer.file import FILE_NAME
@@ -78,26 +78,19 @@ def read_folder(path: Path, dtype: DType | None = None) -> Bundle:
         UserError: not such a folder, a damaged one, or tensors that are not those of its architecture; all of them.
     """
     content = _read_config(path / CONFIG)
-    try:
+    with about(f"{path / CONFIG}: architecture"):
         architecture = build(Architecture, content["architecture"])
-    except UserError as error:
-        raise UserError(f"{path / CONFIG}: architecture: {error}") from error
     shapes = flatten(Definition(architecture).shapes())
     names_are_paths = [Rule(name, name, "... -> ...") for name in shapes]
-    tensors = read_safetensors(path / TENSORS)
-    tokenizer, problems = None, []
-    try:
-        arrays = import_tensors(names_are_paths, tensors, shapes, dtype)
-    except UserError as error:
-        problems.append(f"{path / TENSORS}: {error}")
-    try:
-        tokenizer = _read_tokenizer(path / TOKENIZER, architecture)
-    except UserError as error:
-        problems.append(str(error))
-    if problems:
-        raise UserError("; ".join(problems))
+
+    def arrays() -> Mapping[str, np.ndarray]:
+        tensors = read_safetensors(path / TENSORS)
+        with about(path / TENSORS):
+            return import_tensors(names_are_paths, tensors, shapes, dtype)
+
+    found, tokenizer = all_of(arrays, lambda: _read_tokenizer(path / TOKENIZER, architecture))
     kernel = content.get("resize_kernel", RESIZE_KERNELS[0])  # older folders have none
-    return Bundle(architecture, arrays, content["variant"], str(path), tokenizer, resize_kernel=kernel)
+    return Bundle(architecture, found, content["variant"], str(path), tokenizer, resize_kernel=kernel)
 
 
 def write_folder(path: Path, bundle: Bundle) -> None:
@@ -142,10 +135,9 @@ def _read_tokenizer(path: Path, architecture: Architecture) -> str | None:
     if architecture.tokenize.kind == "clip":
         return None
     try:
-        return path.read_bytes().decode("utf-8")
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path} cannot be read: {reason}; a model's tokenizer lies beside its weights") from error
+        return read_text(path)
+    except UserError as error:
+        raise UserError(f"{error}; a model's tokenizer lies beside its weights") from error
 
 
 def _check_free(path: Path) -> None:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from clip_jax.architecture import Preprocess
-from clip_jax.errors import UserError, all_of
+from clip_jax.errors import UserError, about, all_of
 from clip_jax.files import read_json
 from clip_jax.models.clip import Definition
 from clip_jax.weights import folder, tokenizer_files
@@ -28,6 +28,7 @@ from clip_jax.weights.bundle import Bundle, variant_of
 from clip_jax.weights.hub import COMPANIONS
 from clip_jax.weights.huggingface_config import architecture_of, config_of, family_of, image_size_of
 from clip_jax.weights.mapping import DType, Rule, export_tensors, flatten, import_tensors
+from clip_jax.weights.modules import ATTENTION, MLP, NORM
 from clip_jax.weights.preprocess_files import from_huggingface, to_huggingface
 from clip_jax.weights.streaming import specs_of
 from clip_jax.weights.tensors import read_first
@@ -37,16 +38,6 @@ PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 # The first that is there is read, as by `transformers`.
 WEIGHTS = (TENSORS, f"{TENSORS}.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
-NORM = (
-    Rule("weight", "scale", "D -> D"),
-    Rule("bias", "bias", "D -> D"),
-)
-MLP = (
-    Rule("fc1.weight", "up/kernel", "F D -> D F"),
-    Rule("fc1.bias", "up/bias", "F -> F"),
-    Rule("fc2.weight", "down/kernel", "D F -> F D"),
-    Rule("fc2.bias", "down/bias", "D -> D"),
-)
 BLOCK = (
     *(rule.inside("layer_norm1", "attention_norm", "[i]") for rule in NORM),
     Rule("self_attn.q_proj.weight", "attention/qkv/kernel[i, :, 0]", "(N K) D -> D N K"),
@@ -72,10 +63,6 @@ TOWERS = (
 )
 MAP_POOL = (
     Rule("probe", "probe", "1 1 D -> D"),
-    Rule("attention.in_proj_weight", "qkv/kernel", "(T N K) D -> D T N K"),
-    Rule("attention.in_proj_bias", "qkv/bias", "(T N K) -> T N K"),
-    Rule("attention.out_proj.weight", "out/kernel", "D (N K) -> N K D"),
-    Rule("attention.out_proj.bias", "out/bias", "D -> D"),
     *(rule.inside("layernorm", "norm") for rule in NORM),
     *(rule.inside("mlp", "mlp") for rule in MLP),
 )
@@ -97,6 +84,7 @@ RULES = {
         Rule("text_model.head.bias", "text/projection_bias", "E -> E"),
         Rule("vision_model.embeddings.patch_embedding.bias", "image/patch_embed/bias", "D -> D"),
         *(rule.inside("vision_model.head", "image/map_pool") for rule in MAP_POOL),
+        *(rule.inside("vision_model.head.attention", "image/map_pool") for rule in ATTENTION),
     ),
 }
 
@@ -129,10 +117,8 @@ def read(path: Path, dtype: DType | None = None) -> Bundle:
     architecture = dataclasses.replace(architecture, preprocess=preprocess, tokenize=tokenize)
     weights = {name: x for name, x in tensors.items() if not re.fullmatch(IGNORED, name)}
     shapes = flatten(Definition(architecture).shapes())
-    try:
+    with about(f"{path}: {CONFIG} and {file.name} disagree"):
         arrays = import_tensors(RULES[family.model_type], weights, shapes, dtype)
-    except UserError as error:
-        raise UserError(f"{path}: {CONFIG} and {file.name} disagree: {error}") from error
     variant = variant_of(architecture, path.resolve().name)
     return Bundle(architecture, arrays, variant, str(path), tokenizer, resize_kernel="bicubic")
 
@@ -149,14 +135,12 @@ def write(path: Path, bundle: Bundle) -> None:
     openclips = os.path.lexists(path / "open_clip_config.json")  # which would be read instead
     if openclips or (not replaces and os.path.lexists(path / CONFIG)):
         raise UserError(f"{path} holds something other than a model in this format; choose another folder")
-    try:
+    with about(bundle.variant):
         config, preprocessor, tokenizer = all_of(
             lambda: config_of(architecture),
             lambda: to_huggingface(architecture.preprocess, architecture.image.image_size),
             lambda: tokenizer_files.files(bundle, "huggingface"),
         )
-    except UserError as error:
-        raise UserError(f"{bundle.variant}: {error}") from error
     config["torch_dtype"] = str(_widest(bundle.arrays))
     files = {CONFIG: _json(config)} | dict.fromkeys(COMPANIONS) | {PREPROCESSOR: _json(preprocessor)} | tokenizer
     tensors = export_tensors(RULES[config["model_type"]], bundle.arrays)
@@ -166,10 +150,8 @@ def write(path: Path, bundle: Bundle) -> None:
 def _said_in(file: Path, understand: Callable[[Any], Any]) -> Any:
     """Returns what a function makes of a file of JSON; the file is named in its error."""
     content = read_json(file)
-    try:
+    with about(file):
         return understand(content)
-    except UserError as error:
-        raise UserError(f"{file}: {error}") from error
 
 
 def _preprocess(path: Path) -> Preprocess:

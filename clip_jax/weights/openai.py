@@ -15,11 +15,12 @@ import numpy as np
 
 from clip_jax.architecture import Architecture, ResNetTower, TextTower, ViTTower
 from clip_jax.config import leaves
-from clip_jax.errors import UserError
+from clip_jax.errors import UserError, about
 from clip_jax.models.clip import Definition
 from clip_jax.weights import archive
 from clip_jax.weights.bundle import Bundle, variant_of
 from clip_jax.weights.mapping import DType, Rule, export_tensors, flatten, import_tensors
+from clip_jax.weights.modules import ATTENTION, NORM
 
 HEAD_WIDTH = 64
 NUMBERS = {"input_resolution", "context_length", "vocab_size"}  # which lie among the tensors of OpenAI's files
@@ -29,10 +30,6 @@ MLP_RATIO = 4
 
 CONV = "F D H W -> H W D F"
 
-NORM = (
-    Rule("weight", "scale", "D -> D"),
-    Rule("bias", "bias", "D -> D"),
-)
 BATCH_NORM = (
     *NORM,
     Rule("running_mean", "mean", "D -> D"),
@@ -41,10 +38,7 @@ BATCH_NORM = (
 )
 BLOCK = (
     *(rule.inside("ln_1", "attention_norm") for rule in NORM),
-    Rule("attn.in_proj_weight", "attention/qkv/kernel", "(T N K) D -> D T N K"),
-    Rule("attn.in_proj_bias", "attention/qkv/bias", "(T N K) -> T N K"),
-    Rule("attn.out_proj.weight", "attention/out/kernel", "D (N K) -> N K D"),
-    Rule("attn.out_proj.bias", "attention/out/bias", "D -> D"),
+    *(rule.inside("attn", "attention") for rule in ATTENTION),
     *(rule.inside("ln_2", "mlp_norm") for rule in NORM),
     Rule("mlp.c_fc.weight", "mlp/up/kernel", "F D -> D F"),
     Rule("mlp.c_fc.bias", "mlp/up/bias", "F -> F"),
@@ -132,12 +126,10 @@ def read(path: Path, dtype: DType | None = None) -> Bundle:
 def bundle_of(tensors: Mapping[str, np.ndarray], path: Path, dtype: DType | None = None) -> Bundle:
     """Returns the model that a file's tensors are; errors as `read`'s."""
     tensors = {name: x for name, x in tensors.items() if not _is_ignored(name)}
-    try:
+    with about(path):
         architecture = architecture_of(tensors)
         weights = {name: x for name, x in tensors.items() if name not in _numbers(architecture)}
         arrays = import_tensors(RULES, weights, flatten(Definition(architecture).shapes()), dtype)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
     return Bundle(architecture, arrays, variant_of(architecture, path.stem), str(path))
 
 
@@ -167,10 +159,8 @@ def state_dict(bundle: Bundle) -> Mapping[str, np.ndarray]:
     Raises:
         UserError: what the format cannot hold, all of it.
     """
-    try:
+    with about(bundle.variant):
         check_held(bundle.architecture)
-    except UserError as error:
-        raise UserError(f"{bundle.variant}: {error}") from error
     numbers = {name: np.array(n, np.int64) for name, n in _numbers(bundle.architecture).items()}
     return numbers | export_tensors(RULES, bundle.arrays)
 

@@ -9,11 +9,11 @@ family's own code. So a model that changes hands is given other pixels, of image
 import math
 import reprlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from clip_jax.architecture import INTERPOLATIONS, RESIZES, Preprocess
-from clip_jax.errors import UserError
+from clip_jax.errors import UserError, about, all_of
 
 # --- OpenCLIP ---
 
@@ -30,17 +30,16 @@ def from_open_clip(preprocess_cfg: Mapping[str, Any]) -> Preprocess:
         UserError: values that OpenCLIP does not know, all of them.
     """
     given = {name: value for name, value in preprocess_cfg.items() if value}  # theirs takes 0 and "" for not given
-    fields = {
-        "mode": lambda: _word(given, "mode", {"RGB": "RGB"}, "RGB"),
-        "mean": lambda: _colour(given, "mean", Preprocess.mean),
-        "std": lambda: _colour(given, "std", Preprocess.std),
-        "resize": lambda: _word(given, "resize_mode", RESIZE_WORDS, "shortest"),
-        "interpolation": lambda: _word(given, "interpolation", INTERPOLATION_WORDS, "bicubic"),
-        "fill": lambda: _level(given, "fill_color", 0),
-    }
-    found = _all_of("preprocess_cfg", fields)
-    del found["mode"]
-    return Preprocess(**found)
+    with about("preprocess_cfg"):
+        _, mean, std, resize, interpolation, fill = all_of(
+            lambda: _word(given, "mode", {"RGB": "RGB"}, "RGB"),
+            lambda: _colour(given, "mean", Preprocess.mean),
+            lambda: _colour(given, "std", Preprocess.std),
+            lambda: _word(given, "resize_mode", RESIZE_WORDS, "shortest"),
+            lambda: _word(given, "interpolation", INTERPOLATION_WORDS, "bicubic"),
+            lambda: _level(given, "fill_color", 0),
+        )
+    return Preprocess(mean, std, resize, interpolation, fill)
 
 
 def to_open_clip(preprocess: Preprocess) -> dict[str, Any]:
@@ -89,16 +88,15 @@ def from_huggingface(preprocessor_config: Mapping[str, Any], image_size: int) ->
     """
     kind = _class_of(preprocessor_config)
     given = PROCESSORS[kind] | dict(preprocessor_config)  # null is no default: theirs takes it for false
-    fields = {
-        "steps": lambda: _check_steps(given),
-        "mean": lambda: _colour(given, "image_mean"),
-        "std": lambda: _colour(given, "image_std"),
-        "resize": lambda: _resize(given, image_size),
-        "interpolation": lambda: _word(given, "resample", RESAMPLES, 3),
-    }
-    found = _all_of(f"the config of the image processor ({kind})", fields)
-    del found["steps"]
-    return Preprocess(**found, rgb_first=True, crop_floor=True)
+    with about(f"the config of the image processor ({kind})"):
+        _, mean, std, resize, interpolation = all_of(
+            lambda: _check_steps(given),
+            lambda: _colour(given, "image_mean"),
+            lambda: _colour(given, "image_std"),
+            lambda: _resize(given, image_size),
+            lambda: _word(given, "resample", RESAMPLES, 3),
+        )
+    return Preprocess(mean, std, resize, interpolation, rgb_first=True, crop_floor=True)
 
 
 def to_huggingface(preprocess: Preprocess, image_size: int) -> dict[str, Any]:
@@ -186,19 +184,6 @@ def _sides(value: Any, *, to_square: bool) -> dict[str, Any]:
 
 
 # --- values ---
-
-
-def _all_of(whose: str, fields: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
-    """Returns what the functions return, or raises one UserError with all that they raise."""
-    found, wrong = {}, []
-    for name, read in fields.items():
-        try:
-            found[name] = read()
-        except UserError as error:
-            wrong.append(str(error))
-    if wrong:
-        raise UserError(f"{whose}: {'; '.join(wrong)}")
-    return found
 
 
 def _word(config: Mapping[str, Any], name: str, words: Mapping[Any, str], default: Any) -> str:

@@ -12,8 +12,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from clip_jax.architecture import Architecture, ImageTower, ResNetTower
-from clip_jax.errors import UserError
+from clip_jax.architecture import ImageTower, ResNetTower
 from clip_jax.models.variants import resized
 from clip_jax.typing import Float
 from clip_jax.weights.bundle import Bundle, variant_of
@@ -29,7 +28,7 @@ def resize(bundle: Bundle, image_size: int | None = None, context_length: int | 
     Raises:
         UserError: sizes that do not fit the towers, all of them.
     """
-    old, new = bundle.architecture, _resized(bundle.architecture, image_size, context_length)
+    old, new = bundle.architecture, resized(bundle.architecture, image_size, context_length)
     arrays: dict[str, np.ndarray] = {}
     if new.image.num_patches != old.image.num_patches:
         path = image_positions(old.image)
@@ -42,19 +41,6 @@ def resize(bundle: Bundle, image_size: int | None = None, context_length: int | 
     return dataclasses.replace(
         bundle, architecture=new, arrays=bundle.arrays | arrays, variant=variant_of(new, bundle.variant)
     )
-
-
-def _resized(named: Architecture, image_size: int | None, context_length: int | None) -> Architecture:
-    """Returns the architecture for the sizes, or raises one UserError with what is wrong with either."""
-    wrong = []
-    for sizes in ({"image_size": image_size}, {"context_length": context_length}):
-        try:
-            named = resized(named, **sizes)
-        except UserError as error:
-            wrong.append(str(error))
-    if wrong:
-        raise UserError("; ".join(wrong))
-    return named
 
 
 def image_positions(tower: ImageTower) -> str:

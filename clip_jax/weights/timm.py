@@ -7,51 +7,29 @@ activations are those of timm 1.0.31.
 import dataclasses
 
 from clip_jax.architecture import ViTTower
-from clip_jax.models.variants import SIGLIP_TOWERS
+from clip_jax.models.variants import siglip_tower
 from clip_jax.weights.mapping import Rule
-from clip_jax.weights.openai import NORM
-
-
-def _tower(size: str, patch_size: int, image_size: int, activation: str = "gelu") -> ViTTower:
-    return ViTTower(
-        image_size,
-        patch_size,
-        *SIGLIP_TOWERS[size],
-        activation=activation,
-        eps=1e-6,
-        pool="map",
-        class_token=False,
-        pre_norm=False,
-        patch_bias=True,
-        projection=False,
-    )
-
+from clip_jax.weights.modules import MLP, NORM
 
 TOWERS = {
-    "vit_base_patch32_siglip_256": _tower("B", 32, 256, "gelu_tanh"),
-    "vit_base_patch16_siglip_224": _tower("B", 16, 224),
-    "vit_base_patch16_siglip_256": _tower("B", 16, 256),
-    "vit_base_patch16_siglip_384": _tower("B", 16, 384),
-    "vit_base_patch16_siglip_512": _tower("B", 16, 512),
-    "vit_large_patch16_siglip_256": _tower("L", 16, 256),
-    "vit_large_patch16_siglip_384": _tower("L", 16, 384),
-    "vit_large_patch16_siglip_512": _tower("L", 16, 512, "gelu_tanh"),
-    "vit_so400m_patch14_siglip_224": _tower("SO400M", 14, 224),
-    "vit_so400m_patch14_siglip_378": _tower("SO400M", 14, 378),
-    "vit_so400m_patch14_siglip_384": _tower("SO400M", 14, 384),  # of which it sees 378
-    "vit_so400m_patch16_siglip_256": _tower("SO400M", 16, 256, "gelu_tanh"),
-    "vit_so400m_patch16_siglip_384": _tower("SO400M", 16, 384, "gelu_tanh"),
-    "vit_so400m_patch16_siglip_512": _tower("SO400M", 16, 512, "gelu_tanh"),
-    "vit_giantopt_patch16_siglip_256": _tower("gopt", 16, 256, "gelu_tanh"),
-    "vit_giantopt_patch16_siglip_384": _tower("gopt", 16, 384, "gelu_tanh"),
+    "vit_base_patch32_siglip_256": siglip_tower("B", 32, 256, "gelu_tanh"),
+    "vit_base_patch16_siglip_224": siglip_tower("B", 16, 224),
+    "vit_base_patch16_siglip_256": siglip_tower("B", 16, 256),
+    "vit_base_patch16_siglip_384": siglip_tower("B", 16, 384),
+    "vit_base_patch16_siglip_512": siglip_tower("B", 16, 512),
+    "vit_large_patch16_siglip_256": siglip_tower("L", 16, 256),
+    "vit_large_patch16_siglip_384": siglip_tower("L", 16, 384),
+    "vit_large_patch16_siglip_512": siglip_tower("L", 16, 512, "gelu_tanh"),
+    "vit_so400m_patch14_siglip_224": siglip_tower("SO400M", 14, 224),
+    "vit_so400m_patch14_siglip_378": siglip_tower("SO400M", 14, 378),
+    "vit_so400m_patch14_siglip_384": siglip_tower("SO400M", 14, 384),  # of which it sees 378
+    "vit_so400m_patch16_siglip_256": siglip_tower("SO400M", 16, 256, "gelu_tanh"),
+    "vit_so400m_patch16_siglip_384": siglip_tower("SO400M", 16, 384, "gelu_tanh"),
+    "vit_so400m_patch16_siglip_512": siglip_tower("SO400M", 16, 512, "gelu_tanh"),
+    "vit_giantopt_patch16_siglip_256": siglip_tower("gopt", 16, 256, "gelu_tanh"),
+    "vit_giantopt_patch16_siglip_384": siglip_tower("gopt", 16, 384, "gelu_tanh"),
 }
 
-MLP = (
-    Rule("fc1.weight", "up/kernel", "F D -> D F"),
-    Rule("fc1.bias", "up/bias", "F -> F"),
-    Rule("fc2.weight", "down/kernel", "D F -> F D"),
-    Rule("fc2.bias", "down/bias", "D -> D"),
-)
 BLOCK = (
     *(rule.inside("norm1", "attention_norm") for rule in NORM),
     Rule("attn.qkv.weight", "attention/qkv/kernel", "(T N K) D -> D T N K"),

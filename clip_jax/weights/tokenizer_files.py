@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clip_jax.architecture import Tokenize
-from clip_jax.errors import UserError, nearest
+from clip_jax.errors import UserError, about, nearest
 from clip_jax.files import read_json
 from clip_jax.tokenizer import clip
 from clip_jax.tokenizer.file import FILE_NAME, usable
@@ -43,15 +43,12 @@ def read(folder: Path, clean: str, *, blank_sep: bool = False) -> tuple[Tokenize
         config |= _object(folder / SPECIAL)
     name = _class_name(folder, config)
     known = CLASSES[name]
-    try:
-        with usable(f"its tokenizer, a {name},"):
-            parts = dataclasses.replace(_parts(folder, known), config=config, defaults=known.defaults)
-            if name == "CLIPTokenizer" and _is_clips(parts):
-                return Tokenize("clip", "canonicalize" if clean == "canonicalize" else "lower"), None
-            tokenizer = known.build(parts)
-            return _rules(parts, known, tokenizer, clean, blank_sep), _written(tokenizer, parts, known)
-    except UserError as error:
-        raise UserError(f"{folder}: {error}") from error
+    with about(folder), usable(f"its tokenizer, a {name},"):
+        parts = dataclasses.replace(_parts(folder, known), config=config, defaults=known.defaults)
+        if name == "CLIPTokenizer" and _is_clips(parts):
+            return Tokenize("clip", "canonicalize" if clean == "canonicalize" else "lower"), None
+        tokenizer = known.build(parts)
+        return _rules(parts, known, tokenizer, clean, blank_sep), _written(tokenizer, parts, known)
 
 
 def _object(path: Path) -> dict[str, Any]:
