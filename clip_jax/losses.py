@@ -1,16 +1,47 @@
-"""The contrastive loss: normalised embeddings of the global batch in, one number out. Knows no model and no mesh.
+"""The contrastive losses: normalised embeddings of the global batch in, one number out. They know no model.
 
-Computed in float32, or wider when the embeddings are.
+Softmax (InfoNCE; CLIP, arXiv 2103.00020) and sigmoid (SigLIP, arXiv 2303.15343), each in two forms that give the same
+number and the same gradients, in float32 or wider when the embeddings are:
+
+- dense: all B×B logits at once, a few lines that can be checked by eye. It is the oracle of the other.
+- ring: images stay on their device, texts travel from device to device until they are home again. Each meeting of a
+  block of images with a block of texts is computed in tiles, and again in the backward pass instead of being kept:
+  memory grows with B, not with B².
+
+A pair that is not valid is neither a positive nor anybody's negative: the result is that of the batch without it.
+Without any valid pair it is 0.
 """
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from clip_jax.typing import Bool, Float
 
 # Stands for "not there" among logits: far below every scaled cosine, and finite, so that a row without a single valid
 # partner has a finite value (which is then not counted) and a gradient of zero instead of NaN.
 ABSENT = -1e30
+
+TILE = 1024  # rows and columns: 4 MB of logits, which stay in the cache of a core and fill a matrix unit
+
+HIGHEST = jax.lax.Precision.HIGHEST  # else a TPU multiplies float32 as bfloat16: cosines would be off by 2^-8
+
+
+@dataclasses.dataclass(frozen=True)
+class Ring:
+    """Who takes part in the ring, and how blocks are cut."""
+
+    mesh: Mesh
+    axes: tuple[str, ...]  # of the mesh: the batch is split over them, and the ring goes around them
+    tile: int  # rows and columns of logits that are there at once; a block is padded to a multiple of it
+    precision: jax.lax.Precision = HIGHEST
 
 
 def softmax(
@@ -19,26 +50,280 @@ def softmax(
     *,
     scale: Float[jax.Array, ""],
     valid_B: Bool[jax.Array, " B"],
+    ring: Ring | None = None,
 ) -> Float[jax.Array, ""]:
     """Returns the symmetric InfoNCE loss, averaged over valid pairs (CLIP, arXiv 2103.00020, figure 3).
 
-    A pair that is not valid is neither a positive nor anybody's negative: the result is that of the batch without it.
-    Without any valid pair it is 0.
-
-    A row costs log Σⱼ exp lᵢⱼ − lᵢᵢ, written as softplus(log Σ_{j≠i} exp(lᵢⱼ − lᵢᵢ)): the same number, without the
+    A row costs log Σⱼ exp lᵢⱼ − lᵢᵢ, written as log(1 + Σ_{j≠i} exp(lᵢⱼ − lᵢᵢ)): the same number, without the
     difference of two large ones that would be all rounding once a model has learnt its pairs.
     """
-    dtype = jnp.promote_types(jnp.result_type(img_BE, txt_BE), jnp.float32)
-    img_BE = jnp.where(valid_B[:, None], img_BE, 0).astype(dtype)  # what is not valid may be NaN
-    txt_BE = jnp.where(valid_B[:, None], txt_BE, 0).astype(dtype)
-    logits_BB = scale * jnp.matmul(img_BE, txt_BE.T, precision=jax.lax.Precision.HIGHEST)
-    positive_B = jnp.diagonal(logits_BB)
+    img_BE, txt_BE, scale = _widened(img_BE, txt_BE, scale, valid_B)
+    if ring is not None:
+        return _mean(_softmax_costs(ring, img_BE, txt_BE, scale, valid_B), valid_B)
+    cosines_BB = jnp.matmul(img_BE, txt_BE.T, precision=HIGHEST)
+    positive_B = jnp.diagonal(cosines_BB)
     negative_BB = valid_B[:, None] & valid_B & ~jnp.eye(len(valid_B), dtype=bool)
 
     def cost(margin_BB: jax.Array, axis: int) -> jax.Array:
-        return jax.nn.softplus(jax.nn.logsumexp(jnp.where(negative_BB, margin_BB, ABSENT), axis=axis))
+        logits_BB = jnp.where(negative_BB, scale * margin_BB, ABSENT)
+        return jax.nn.softplus(jax.nn.logsumexp(logits_BB, axis=axis))
 
-    image_to_text_B = cost(logits_BB - positive_B[:, None], axis=1)
-    text_to_image_B = cost(logits_BB - positive_B, axis=0)
-    pair_B = jnp.where(valid_B, (image_to_text_B + text_to_image_B) / 2, 0)
-    return pair_B.sum() / jnp.maximum(valid_B.sum(), 1)
+    image_to_text_B = cost(cosines_BB - positive_B[:, None], axis=1)
+    text_to_image_B = cost(cosines_BB - positive_B, axis=0)
+    return _mean((image_to_text_B + text_to_image_B) / 2, valid_B)
+
+
+def sigmoid(
+    img_BE: Float[jax.Array, "B E"],
+    txt_BE: Float[jax.Array, "B E"],
+    *,
+    scale: Float[jax.Array, ""],
+    bias: Float[jax.Array, ""],
+    valid_B: Bool[jax.Array, " B"],
+    ring: Ring | None = None,
+) -> Float[jax.Array, ""]:
+    """Returns the sum of −log σ(±(scale·cosine + bias)) over all combinations, + for pairs and − for others, over the
+    number of valid pairs (SigLIP, arXiv 2303.15343, equation 1 and algorithm 1)."""
+    img_BE, txt_BE, scale, bias = *_widened(img_BE, txt_BE, scale, valid_B), bias.astype(img_BE.dtype)
+    if ring is not None:
+        return _mean(_sigmoid_costs(ring, img_BE, txt_BE, scale, bias, valid_B), valid_B)
+    logits_BB = scale * jnp.matmul(img_BE, txt_BE.T, precision=HIGHEST) + bias
+    there_BB = valid_B[:, None] & valid_B
+    cost_BB = jax.nn.softplus(jnp.where(jnp.eye(len(valid_B), dtype=bool), -logits_BB, logits_BB))
+    return _mean(jnp.where(there_BB, cost_BB, 0).sum(1), valid_B)
+
+
+def _widened(img_BE: jax.Array, txt_BE: jax.Array, scale: jax.Array, valid_B: jax.Array) -> tuple[jax.Array, ...]:
+    """Returns both embeddings and the scale in the dtype of the loss; what is not valid may have been NaN."""
+    dtype = jnp.promote_types(jnp.result_type(img_BE, txt_BE), jnp.float32)
+    img_BE, txt_BE = (jnp.where(valid_B[:, None], x, 0).astype(dtype) for x in (img_BE, txt_BE))
+    return img_BE, txt_BE, scale.astype(dtype)
+
+
+def _mean(cost_B: jax.Array, valid_B: jax.Array) -> jax.Array:
+    """Returns the mean over valid pairs; 0 where there is none."""
+    return jnp.where(valid_B, cost_B, 0).sum() / jnp.maximum(valid_B.sum(), 1)
+
+
+# --- the ring -------------------------------------------------------------------------------------------------------
+# What follows runs on one device: n pairs of its own, cut into R tiles of t. Arrays are [R, t, …]; trees of them are
+# indexed together.
+
+Tree = Any
+
+
+def _meet_all(
+    ring: Ring, visit: Callable, images: Tree, texts: Tree, valid_Rt: jax.Array, stays: Tree, rides: Tree
+) -> tuple[Tree, Tree]:
+    """Returns what has been added up when every tile of images has met every tile of texts in the ring once.
+
+    `visit(image, text, there_tu, stay, ride)` returns the new (stay, ride): `stays` belongs to the images and stays at
+    home with them; `rides` travels with the texts, and is home again in the end. `there_tu` is False where one of the
+    two is not valid, and where an image meets its own text: pairs are no negatives, and are seen to at home.
+    """
+    hops, tiles = ring_size(ring), len(valid_Rt)
+    following = [(i, (i + 1) % hops) for i in range(hops)]
+    diagonal_tu = jnp.eye(valid_Rt.shape[1], dtype=bool)
+
+    def hop(carry, number):
+        stays, rides, texts, text_valid_Rt = carry
+        # Sent first: while they are under way, the meeting is computed.
+        arriving = _send((texts, text_valid_Rt), ring.axes, following)
+
+        def meet(k, added):
+            stays, rides = added
+            i, j = k // tiles, k % tiles
+            stay, ride = _at(stays, i), _at(rides, j)
+            there_tu = valid_Rt[i][:, None] & text_valid_Rt[j] & ~((number == 0) & (i == j) & diagonal_tu)
+            stay, ride = visit(_at(images, i), _at(texts, j), there_tu, stay, ride)
+            return _put(stays, i, stay), _put(rides, j, ride)
+
+        stays, rides = jax.lax.fori_loop(0, tiles**2, meet, (stays, rides))
+        return (stays, _send(rides, ring.axes, following), *arriving), None
+
+    carry = (stays, rides, texts, valid_Rt)
+    return jax.lax.scan(hop, carry, jnp.arange(hops))[0][:2]
+
+
+def tile_of(rows: int) -> int:
+    """Returns the tile that cuts a block of so many rows into equal ones, of TILE at most."""
+    return math.ceil(rows / math.ceil(rows / TILE))
+
+
+def ring_size(ring: Ring) -> int:
+    """Returns the number of devices that the texts pass."""
+    return math.prod(ring.mesh.shape[axis] for axis in ring.axes)
+
+
+def _send(tree: Tree, axes: tuple[str, ...], to: list[tuple[int, int]]) -> Tree:
+    return tree if len(to) == 1 else jax.lax.ppermute(tree, axes, to)
+
+
+def _at(tree: Tree, i: jax.Array) -> Tree:
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), tree)
+
+
+def _put(tree: Tree, i: jax.Array, part: Tree) -> Tree:
+    return jax.tree.map(lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, i, 0), tree, part)
+
+
+def _on_devices(ring: Ring, function: Callable, *arrays: jax.Array) -> Any:
+    """Returns `function` of every device's rows of the arrays, tiled, as rows of global arrays; scalars are given to
+    every device."""
+    rows = arrays[0].shape[0] // ring_size(ring)
+    padding = -rows % ring.tile
+
+    def tiled(x: jax.Array) -> jax.Array:
+        padded = jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1)) if padding else x  # not valid: False is 0
+        return padded.reshape(-1, ring.tile, *x.shape[1:])
+
+    def flat(x: jax.Array) -> jax.Array:
+        return x.reshape(-1, *x.shape[2:])[:rows]
+
+    def run(*local: jax.Array) -> Any:
+        return jax.tree.map(flat, function(*(tiled(x) if x.ndim else x for x in local)))
+
+    in_specs = tuple(P(ring.axes) if x.ndim else P() for x in arrays)
+    return jax.shard_map(run, mesh=ring.mesh, in_specs=in_specs, out_specs=P(ring.axes))(*arrays)
+
+
+def _matmul(ring: Ring, x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.matmul(x, y, precision=ring.precision)
+
+
+def _gradients(img_RtE, txt_RtE, scale, own_Rt, img_gradient_RtE, txt_gradient_RtE) -> tuple[jax.Array, ...]:
+    """Returns the gradients of the embeddings and of the scale, the last by pair.
+
+    Given are those of the pairs' own logits, and what the others' amount to, Σⱼ ∂ᵢⱼ textⱼ and Σᵢ ∂ᵢⱼ imageᵢ. A logit is
+    scale·cosine, so Σⱼ ∂ᵢⱼ cosineᵢⱼ, the gradient of the scale, is the image times what it has gathered.
+    """
+    img_gradient_RtE = img_gradient_RtE + own_Rt[..., None] * txt_RtE
+    txt_gradient_RtE = txt_gradient_RtE + own_Rt[..., None] * img_RtE
+    return scale * img_gradient_RtE, scale * txt_gradient_RtE, (img_gradient_RtE * img_RtE).sum(-1)
+
+
+# --- softmax in the ring --------------------------------------------------------------------------------------------
+# A row and a column are known by what their negatives amount to: `top`, the largest margin lᵢⱼ − lᵢᵢ but never below
+# that of the pair itself, which is 0, and `total`, Σ_{j≠i} exp(margin − top). A fixed top would not do: at scale 100
+# margins span 200, and exp in float32 underflows at −104.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _softmax_costs(ring: Ring, img_BE, txt_BE, scale, valid_B) -> jax.Array:
+    """Returns what each pair costs: the mean of its row's and its column's −log softmax."""
+    return _softmax_forward(ring, img_BE, txt_BE, scale, valid_B)[0]
+
+
+def _softmax_forward(ring: Ring, img_BE, txt_BE, scale, valid_B):
+    def forward(img_RtE, txt_RtE, valid_Rt, scale):
+        positive_Rt = (img_RtE * txt_RtE).sum(-1)
+        none = jnp.zeros_like(positive_Rt)
+
+        def visit(image, text, there_tu, row, column):
+            (img_tE, positive_t), (txt_uE, positive_u) = image, text
+            cosines_tu = _matmul(ring, img_tE, txt_uE.T)
+            row = _with(row, jnp.where(there_tu, scale * (cosines_tu - positive_t[:, None]), ABSENT), axis=1)
+            column = _with(column, jnp.where(there_tu, scale * (cosines_tu - positive_u), ABSENT), axis=0)
+            return row, column
+
+        sums = (none, none)
+        row, column = _meet_all(ring, visit, (img_RtE, positive_Rt), (txt_RtE, positive_Rt), valid_Rt, sums, sums)
+        return (_cost(*row) + _cost(*column)) / 2, (positive_Rt, row, column)
+
+    cost_B, known = _on_devices(ring, forward, img_BE, txt_BE, valid_B, scale)
+    return cost_B, (img_BE, txt_BE, scale, valid_B, known)
+
+
+def _with(sums: tuple[jax.Array, jax.Array], margin_tu: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
+    """Returns (top, total) with more margins."""
+    top, total = sums
+    higher = jnp.maximum(top, margin_tu.max(axis))
+    return higher, total * jnp.exp(top - higher) + jnp.exp(margin_tu - jnp.expand_dims(higher, axis)).sum(axis)
+
+
+def _cost(top: jax.Array, total: jax.Array) -> jax.Array:
+    """Returns log(1 + Σ exp margin)."""
+    return jnp.where(top > 0, top + jnp.log(total + jnp.exp(-top)), jnp.log1p(total))
+
+
+def _softmax_backward(ring: Ring, residuals, cost_gradient_B):
+    img_BE, txt_BE, scale, valid_B, (positive_B, row, column) = residuals
+
+    def backward(img_RtE, txt_RtE, valid_Rt, gradient_Rt, positive_Rt, row_top, row_total, top, total, scale):
+        # exp(margin − top) times this is the gradient of a margin: its share of the softmax, halved, times the pair's.
+        row_weight_Rt = gradient_Rt / 2 / (row_total + jnp.exp(-row_top))
+        weight_Rt = gradient_Rt / 2 / (total + jnp.exp(-top))
+
+        def visit(image, text, there_tu, img_gradient_tE, txt_gradient_uE):
+            img_tE, positive_t, row_top_t, row_weight_t = image
+            txt_uE, positive_u, top_u, weight_u = text
+            cosines_tu = _matmul(ring, img_tE, txt_uE.T)
+            row_tu = jnp.where(there_tu, scale * (cosines_tu - positive_t[:, None]), ABSENT) - row_top_t[:, None]
+            column_tu = jnp.where(there_tu, scale * (cosines_tu - positive_u), ABSENT) - top_u
+            share_tu = jnp.exp(row_tu) * row_weight_t[:, None] + jnp.exp(column_tu) * weight_u
+            img_gradient_tE = img_gradient_tE + _matmul(ring, share_tu, txt_uE)
+            return img_gradient_tE, txt_gradient_uE + _matmul(ring, share_tu.T, img_tE)
+
+        images = (img_RtE, positive_Rt, row_top, row_weight_Rt)
+        texts = (txt_RtE, positive_Rt, top, weight_Rt)
+        none_RtE = jnp.zeros_like(img_RtE)
+        others = _meet_all(ring, visit, images, texts, valid_Rt, none_RtE, none_RtE)
+        # Every margin has the pair's own logit in it, with a minus: what the others gain it loses.
+        own_Rt = -(row_weight_Rt * row_total + weight_Rt * total)
+        return _gradients(img_RtE, txt_RtE, scale, own_Rt, *others)
+
+    arrays = (img_BE, txt_BE, valid_B, cost_gradient_B, positive_B, *row, *column, scale)
+    img_gradient_BE, txt_gradient_BE, scale_gradient_B = _on_devices(ring, backward, *arrays)
+    return img_gradient_BE, txt_gradient_BE, scale_gradient_B.sum(), None
+
+
+_softmax_costs.defvjp(_softmax_forward, _softmax_backward)
+
+
+# --- sigmoid in the ring --------------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sigmoid_costs(ring: Ring, img_BE, txt_BE, scale, bias, valid_B) -> jax.Array:
+    """Returns what each image costs: −log σ(l) with its own text, −log σ(−l) with all others."""
+    return _sigmoid_forward(ring, img_BE, txt_BE, scale, bias, valid_B)[0]
+
+
+def _sigmoid_forward(ring: Ring, img_BE, txt_BE, scale, bias, valid_B):
+    def forward(img_RtE, txt_RtE, valid_Rt, scale, bias):
+        def visit(img_tE, txt_uE, there_tu, cost_t, _):
+            logits_tu = scale * _matmul(ring, img_tE, txt_uE.T) + bias
+            return cost_t + jax.nn.softplus(jnp.where(there_tu, logits_tu, ABSENT)).sum(1), _
+
+        own_Rt = scale * (img_RtE * txt_RtE).sum(-1) + bias
+        none_Rt = jnp.zeros_like(own_Rt)
+        return _meet_all(ring, visit, img_RtE, txt_RtE, valid_Rt, none_Rt, ())[0] + jax.nn.softplus(-own_Rt)
+
+    cost_B = _on_devices(ring, forward, img_BE, txt_BE, valid_B, scale, bias)
+    return cost_B, (img_BE, txt_BE, scale, bias, valid_B)
+
+
+def _sigmoid_backward(ring: Ring, residuals, cost_gradient_B):
+    img_BE, txt_BE, scale, bias, valid_B = residuals
+
+    def backward(img_RtE, txt_RtE, valid_Rt, gradient_Rt, scale, bias):
+        def visit(image, txt_uE, there_tu, stay, txt_gradient_uE):
+            (img_tE, gradient_t), (img_gradient_tE, bias_gradient_t) = image, stay
+            logits_tu = scale * _matmul(ring, img_tE, txt_uE.T) + bias
+            share_tu = jax.nn.sigmoid(jnp.where(there_tu, logits_tu, ABSENT)) * gradient_t[:, None]
+            stay = (img_gradient_tE + _matmul(ring, share_tu, txt_uE), bias_gradient_t + share_tu.sum(1))
+            return stay, txt_gradient_uE + _matmul(ring, share_tu.T, img_tE)
+
+        own_Rt = -gradient_Rt * jax.nn.sigmoid(-scale * (img_RtE * txt_RtE).sum(-1) - bias)
+        none_Rt, none_RtE = jnp.zeros_like(own_Rt), jnp.zeros_like(img_RtE)
+        (img_gradient, bias_gradient_Rt), txt_gradient = _meet_all(
+            ring, visit, (img_RtE, gradient_Rt), txt_RtE, valid_Rt, (none_RtE, none_Rt), none_RtE
+        )
+        return *_gradients(img_RtE, txt_RtE, scale, own_Rt, img_gradient, txt_gradient), bias_gradient_Rt + own_Rt
+
+    arrays = (img_BE, txt_BE, valid_B, cost_gradient_B, scale, bias)
+    img_gradient_BE, txt_gradient_BE, scale_gradient_B, bias_gradient_B = _on_devices(ring, backward, *arrays)
+    return img_gradient_BE, txt_gradient_BE, scale_gradient_B.sum(), bias_gradient_B.sum(), None
+
+
+_sigmoid_costs.defvjp(_sigmoid_forward, _sigmoid_backward)

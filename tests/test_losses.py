@@ -1,53 +1,14 @@
 """The softmax loss, value and gradients, against analytic NumPy in float64."""
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loss_oracles import EPS, pairs, softmax
 
 from clip_jax import losses
-
-EPS = float(np.finfo(np.float32).eps)
-
-
-class Truth(NamedTuple):
-    """The loss and its gradients, by hand."""
-
-    loss: float
-    img: np.ndarray
-    txt: np.ndarray
-    scale: float
-    scale_terms: float  # the sum of the absolute terms of `scale`: what its rounding error is relative to
-
-
-def oracle(img, txt, scale: float, valid) -> Truth:
-    """Returns the truth of a batch, from its valid pairs alone.
-
-    With z_ij = l_ij − l_ii, row i costs log(1 + Σ_{j≠i} exp z_ij): exact also where the loss is nearly nothing.
-    """
-    all_img, all_txt = np.float64(img), np.float64(txt)
-    img, txt, n = all_img[valid], all_txt[valid], int(np.sum(valid))
-    if n < 2:
-        return Truth(0.0, 0 * all_img, 0 * all_txt, 0.0, 0.0)
-    cosines = img @ txt.T
-
-    def rows(logits):
-        z = np.where(np.eye(n, dtype=bool), -np.inf, logits - np.diag(logits)[:, None])
-        top = z.max(1, keepdims=True)
-        log_sum = top + np.log(np.exp(z - top).sum(1, keepdims=True))
-        shares = np.exp(z - np.logaddexp(0, log_sum))
-        return np.logaddexp(0, log_sum).mean(), (shares - np.diag(shares.sum(1))) / n
-
-    (by_row, row_grads), (by_column, column_grads) = rows(scale * cosines), rows(scale * cosines.T)
-    grads = (row_grads + column_grads.T) / 2
-    img_grads, txt_grads = 0 * all_img, 0 * all_txt
-    img_grads[valid], txt_grads[valid] = scale * grads @ txt, scale * grads.T @ img
-    terms = grads * cosines
-    return Truth((by_row + by_column) / 2, img_grads, txt_grads, terms.sum(), np.abs(terms).sum())
 
 
 @jax.jit
@@ -58,20 +19,11 @@ def value_and_gradients(img, txt, scale, valid):
 def assert_true(img, txt, scale, valid, *, bound: float) -> None:
     """Checks the loss and all gradients, each relative to its largest entry."""
     loss, (img_grads, txt_grads, scale_grad) = value_and_gradients(img, txt, scale, valid)
-    truth = oracle(img, txt, float(scale), np.asarray(valid))
+    truth = softmax(img, txt, float(scale), np.asarray(valid))
     assert abs(loss - truth.loss) <= bound * truth.loss
     np.testing.assert_allclose(img_grads, truth.img, rtol=0, atol=bound * np.abs(truth.img).max())
     np.testing.assert_allclose(txt_grads, truth.txt, rtol=0, atol=bound * np.abs(truth.txt).max())
     assert abs(scale_grad - truth.scale) <= bound * truth.scale_terms
-
-
-def pairs(seed: int, size: int = 32, width: int = 64, *, noise: float | None = None, dtype=jnp.float32):
-    """Returns unit rows: texts that have nothing to do with their images, or are them with some noise."""
-    random = np.random.default_rng(seed)
-    img, txt = random.normal(size=(2, size, width))
-    if noise is not None:
-        txt = img + noise * txt
-    return tuple(jnp.asarray(x / np.linalg.norm(x, axis=1, keepdims=True), dtype) for x in (img, txt))
 
 
 ALL = jnp.ones(32, bool)
