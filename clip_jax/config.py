@@ -17,11 +17,16 @@ from clip_jax.errors import UserError, nearest
 
 COMPUTE_DTYPES = ("float32", "bfloat16")
 REMAT_POLICIES = ("none", "full", "dots")
+LOSS_FORMS = ("auto", "dense", "ring")
 
 
 def _require(holds: bool, message: str) -> None:
     if not holds:
         raise UserError(message)
+
+
+def _require_one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    _require(value in known, f"{name}={value!r} is not one of {', '.join(known)}")
 
 
 class Checked:
@@ -48,11 +53,26 @@ class ModelConfig(Checked):
     tokenizer: str | None = None  # a tokenizer.json, for a variant whose tokenizer is in a file; the run keeps a copy
     compute_dtype: str = "float32"  # parameters are float32 whatever this says
     remat: str = "none"  # what the backward pass computes again: nothing (none), all but products (dots), all (full)
+    patch_dropout: float = 0.0  # share of an image's patches that a ViT does not see in training (arXiv 2212.00794)
+    logit_bias: bool | None = None  # trained by the sigmoid loss with a bias, not by softmax; None: as the variant was
 
     def check(self) -> None:
         for name, known in (("compute_dtype", COMPUTE_DTYPES), ("remat", REMAT_POLICIES)):
-            value = getattr(self, name)
-            _require(value in known, f"model.{name}={value!r} is not one of {', '.join(known)}")
+            _require_one_of(f"model.{name}", getattr(self, name), known)
+        _require(0 <= self.patch_dropout < 1, f"model.patch_dropout={self.patch_dropout} must be in [0, 1)")
+
+
+@dataclasses.dataclass
+class LossConfig(Checked):
+    """In which form the loss is computed; which loss it is, the model's `logit_bias` says."""
+
+    form: str = "auto"  # dense: all logits at once; ring: in tiles, around the devices; auto: see clip_jax/losses.py
+    tile: int | None = None  # rows and columns of logits at once in the ring; None: at most 1024, of equal size
+
+    def check(self) -> None:
+        _require_one_of("loss.form", self.form, LOSS_FORMS)
+        _require(self.tile is None or self.tile > 0, f"loss.tile={self.tile} must be at least 1, or None")
+        _require(self.tile is None or self.form != "dense", f"loss.tile={self.tile}: the dense form has no tiles")
 
 
 @dataclasses.dataclass
@@ -121,7 +141,9 @@ class Config(Checked):
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    microbatch: int | None = None  # pairs, over all devices, whose activations are held at once; None: global_batch
     seed: int = 0  # of the parameters, the order of the data and its augmentation
     total_steps: int = 10_000
     log_every: int = 10  # steps
@@ -132,6 +154,7 @@ class Config(Checked):
         _require(0 <= self.seed < 2**32, f"seed={self.seed} must be in [0, 2**32)")
         for name in ("total_steps", "log_every", "checkpoint_every", "keep_checkpoints"):
             _require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be at least 1")
+        _require(self.microbatch is None or self.microbatch > 0, f"microbatch={self.microbatch} must be at least 1")
         _require(
             self.optim.warmup_steps < self.total_steps,
             f"optim.warmup_steps={self.optim.warmup_steps} leaves nothing of total_steps={self.total_steps}; "
@@ -142,6 +165,8 @@ class Config(Checked):
 # What may differ when a run is resumed: nothing here changes what is computed, only where, and what is said of it.
 FREE_ON_RESUME = (
     "mesh",
+    "loss",
+    "microbatch",
     "log_every",
     "checkpoint_every",
     "keep_checkpoints",

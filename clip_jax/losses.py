@@ -23,6 +23,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from clip_jax.config import LossConfig
+from clip_jax.errors import UserError
 from clip_jax.typing import Bool, Float
 
 # Stands for "not there" among logits: far below every scaled cosine, and finite, so that a row without a single valid
@@ -30,6 +32,8 @@ from clip_jax.typing import Bool, Float
 ABSENT = -1e30
 
 TILE = 1024  # rows and columns: 4 MB of logits, which stay in the cache of a core and fill a matrix unit
+
+DENSE_UP_TO = 4096  # pairs: 64 MB of logits in all
 
 HIGHEST = jax.lax.Precision.HIGHEST  # else a TPU multiplies float32 as bfloat16: cosines would be off by 2^-8
 
@@ -143,6 +147,28 @@ def _meet_all(
 
     carry = (stays, rides, texts, valid_Rt)
     return jax.lax.scan(hop, carry, jnp.arange(hops))[0][:2]
+
+
+def ring_for(config: LossConfig, mesh: Mesh, axes: tuple[str, ...], global_batch: int) -> Ring | None:
+    """Returns the ring of a run, or None where the loss is dense.
+
+    `auto` is dense up to DENSE_UP_TO pairs: below, all logits are a few MB, and one product is faster than many small.
+
+    Raises:
+        UserError: the tile is larger than what a device has.
+    """
+    form = config.form
+    if form == "auto":
+        form = "dense" if global_batch <= DENSE_UP_TO and config.tile is None else "ring"
+    if form == "dense":
+        return None
+    rows = global_batch // math.prod(mesh.shape[axis] for axis in axes)
+    if config.tile is not None and config.tile > rows:
+        raise UserError(
+            f"loss.tile={config.tile} is larger than a device's block of {rows} pairs "
+            f"(data.global_batch={global_batch} on {dict(mesh.shape)}); leave it out, or make it {rows} at most"
+        )
+    return Ring(mesh, axes, config.tile or tile_of(rows))
 
 
 def tile_of(rows: int) -> int:

@@ -17,7 +17,8 @@ from clip_jax.config import MeshConfig
 from clip_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
-BATCH = P(("data", "fsdp"))
+BATCH_AXES = ("data", "fsdp")
+BATCH = P(BATCH_AXES)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -47,12 +47,16 @@ class CLIP(nnx.Module):
         self.logit_scale = nnx.Param(jnp.float32(SIGLIP_SCALE_INIT if architecture.logit_bias else LOGIT_SCALE_INIT))
         self.logit_bias = nnx.Param(jnp.float32(SIGLIP_BIAS_INIT)) if architecture.logit_bias else None
 
-    def encode_image(self, image_BHWC: Float[jax.Array, "B H W C"], *, train: bool = False) -> Float[jax.Array, "B E"]:
+    def encode_image(
+        self, image_BHWC: Float[jax.Array, "B H W C"], *, train: bool = False, dropout_B: jax.Array | None = None
+    ) -> Float[jax.Array, "B E"]:
         """Returns image embeddings, not L2-normalised, in the compute dtype.
 
-        With `train`, batch norm goes by the batch and its statistics move: `statistics` returns them.
+        With `train`, batch norm goes by the batch and its statistics move: `statistics` returns them. `dropout_B` are
+        random keys, one an image: with them a ViT leaves patches out.
         """
-        return self.image(image_BHWC, train=train)
+        only_vit = {} if dropout_B is None else {"dropout_B": dropout_B}
+        return self.image(image_BHWC, train=train, **only_vit)
 
     def encode_text(self, tokens_BL: Int[jax.Array, "B L"]) -> Float[jax.Array, "B E"]:
         """Returns text embeddings, not L2-normalised, in the compute dtype."""
@@ -61,6 +65,10 @@ class CLIP(nnx.Module):
     def statistics(self) -> Params:
         """Returns the running statistics of batch norm as they are now."""
         return nnx.to_pure_dict(nnx.state(self, nnx.BatchStat))
+
+    def bias(self) -> Float[jax.Array, ""] | None:
+        """Returns what is added to scaled cosines; None: nothing."""
+        return None if self.logit_bias is None else self.logit_bias[...]
 
     def scale(self) -> Float[jax.Array, ""]:
         """Returns what cosine similarities are multiplied by: 1/temperature."""
@@ -80,7 +88,7 @@ class CLIP(nnx.Module):
         cosines_BA = jnp.matmul(l2_normalise(img_BE), l2_normalise(txt_AE).T, precision=jax.lax.Precision.HIGHEST)
         logits_BA = self.scale() * cosines_BA
         if self.logit_bias is not None:
-            logits_BA = logits_BA + self.logit_bias[...]
+            logits_BA = logits_BA + self.bias()
         return logits_BA, logits_BA.T
 
 
@@ -91,6 +99,7 @@ class Definition:
     architecture: Architecture
     dtype: str = "float32"
     remat: str = "none"
+    patch_dropout: float = 0.0
     unroll: bool = False
 
     def init(self, key: jax.Array) -> Weights:
@@ -108,7 +117,7 @@ class Definition:
         return nnx.merge(graph, weights.params, weights.statistics)
 
     def _build(self, key: jax.Array) -> CLIP:
-        return CLIP(self.architecture, Compute(self.dtype, self.remat, self.unroll), key=key)
+        return CLIP(self.architecture, Compute(self.dtype, self.remat, self.patch_dropout, self.unroll), key=key)
 
 
 def l2_normalise(x_BE: Float[Array, "B E"]) -> Float[jax.Array, "B E"]:

@@ -24,6 +24,7 @@ class Compute:
 
     dtype: str = "float32"  # of activations and products
     remat: str = "none"  # a word of REMAT
+    patch_dropout: float = 0.0  # share of an image's patches that are left out in training
     unroll: bool = False  # blocks are compiled one by one, not scanned: for inference on a CPU
 
 

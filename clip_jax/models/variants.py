@@ -247,8 +247,13 @@ def architecture(model: ModelConfig) -> Architecture:
     """Returns the named architecture with the config's changes.
 
     Raises:
-        UserError: no such name, or an image size that the patch does not divide.
+        UserError: no such name, an image size that the patch does not divide, or patches to drop of a ResNet.
     """
     if model.variant not in VARIANTS:
         raise UserError(f"unknown model variant {model.variant!r}{nearest(model.variant, VARIANTS)}")
-    return resized(VARIANTS[model.variant], model.image_size, model.context_length)
+    named = VARIANTS[model.variant]
+    if model.logit_bias is not None:
+        named = dataclasses.replace(named, logit_bias=model.logit_bias)
+    if model.patch_dropout and not isinstance(named.image, ViTTower):
+        raise UserError(f"model.patch_dropout={model.patch_dropout}: {model.variant} has no patches; leave it out")
+    return resized(named, model.image_size, model.context_length)

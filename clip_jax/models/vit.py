@@ -74,12 +74,18 @@ class ViT(nnx.Module):
         self.tower = tower
         self.compute = compute
 
-    def __call__(self, image_BHWC: Float[jax.Array, "B H W C"], *, train: bool = False) -> Float[jax.Array, "B E"]:
+    def __call__(
+        self, image_BHWC: Float[jax.Array, "B H W C"], *, train: bool = False, dropout_B: jax.Array | None = None
+    ) -> Float[jax.Array, "B E"]:
         """Returns embeddings, not normalised, of images that are (mean and deviation of `Preprocess`).
 
-        Nothing here is done differently when training; a `ResNet` does.
+        `train` changes nothing here (it does in a `ResNet`). With `dropout_B`, a random key an image, only some of the
+        patches are seen.
         """
-        return project(POOLS[self.tower.pool](self, self._embed(image_BHWC)), self.projection)
+        x_BLD = self._embed(image_BHWC)
+        if dropout_B is not None and self.compute.patch_dropout:
+            x_BLD = some_patches(x_BLD, dropout_B, self.compute.patch_dropout, first=int(self.tower.class_token))
+        return project(POOLS[self.tower.pool](self, x_BLD), self.projection)
 
     def states(self, image_BHWC: Float[jax.Array, "B H W C"]) -> list[Float[jax.Array, "B L D"]]:
         """Returns what comes out of every block."""
@@ -93,6 +99,19 @@ class ViT(nnx.Module):
             x_BLD = jnp.concatenate([cls_B1D, x_BLD], axis=1)
         x_BLD = x_BLD + self.positional_embedding[...].astype(self.compute.dtype)
         return x_BLD if self.pre_norm is None else self.pre_norm(x_BLD)
+
+
+def some_patches(x_BLD: Float[jax.Array, "B L D"], keys_B: jax.Array, dropped: float, *, first: int) -> jax.Array:
+    """Returns the states of some patches of each image, drawn by its key, and of all that is before the `first` patch.
+
+    FLIP (arXiv 2212.00794): positions have been added, so that patches still know where they are.
+    """
+    patches = x_BLD.shape[1] - first
+    kept = max(1, int(patches * (1 - dropped)))
+    drawn_BP = jax.vmap(lambda key: jax.random.permutation(key, patches)[:kept])(keys_B)
+    before_BP = jnp.broadcast_to(jnp.arange(first), (len(x_BLD), first))
+    at_BL = jnp.concatenate([before_BP, first + drawn_BP], axis=1)
+    return jnp.take_along_axis(x_BLD, at_BL[..., None], axis=1)
 
 
 def class_state(vit: ViT, x_BLD: Float[jax.Array, "B L D"]) -> Float[jax.Array, "B D"]:

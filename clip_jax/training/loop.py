@@ -5,19 +5,15 @@ from typing import Any
 
 import jax
 
-from clip_jax import optim, sharding
+from clip_jax import sharding
 from clip_jax.architecture import Architecture
 from clip_jax.config import Config
 from clip_jax.data.pipeline import Order, TrainingPairs, training_batches
 from clip_jax.data.sources import Source, open_source
-from clip_jax.errors import UserError
-from clip_jax.models.clip import Definition
-from clip_jax.models.variants import architecture
 from clip_jax.tokenizer import make
 from clip_jax.training.checkpoint import Checkpoints, check_position
 from clip_jax.training.metrics import MetricsLog, Progress, StepClock
-from clip_jax.training.state import abstract_state, initial_state
-from clip_jax.training.step import make_train_step
+from clip_jax.training.program import assemble
 from clip_jax.workdir import Workdir
 
 
@@ -29,15 +25,8 @@ def train(config: Config, workdir: Path, *, devices: list[jax.Device] | None = N
             has then written nothing, an old one is as it was.
     """
     # 1. What is computed, and where. Everything that can be wrong is found before anything is written.
-    arch = architecture(config.model)
-    if arch.logit_bias:
-        raise UserError(f"{config.model.variant} is trained by a sigmoid loss, which is not here yet; choose another")
-    mesh = sharding.make_mesh(config.mesh, devices)
-    sharding.check_batch(config.data.global_batch, mesh)
-    definition = Definition(arch, dtype=config.model.compute_dtype, remat=config.model.remat)
-    schedule = optim.schedule(config.optim, config.total_steps)
-    optimizer = optim.optimizer(config.optim, config.total_steps)
-    abstract = abstract_state(definition, optimizer, mesh)
+    program = assemble(config, devices)
+    arch, mesh = program.architecture, program.mesh
     folder = Workdir(workdir)
     folder.check(config, arch)
     tokenizer = folder.tokenizer_for(config.model, arch)
@@ -50,27 +39,25 @@ def train(config: Config, workdir: Path, *, devices: list[jax.Device] | None = N
         start = checkpoints.latest() or 0
         if start:
             check_position(checkpoints.position(start), _position(config, source, start))
-            state = checkpoints.restore(start, abstract)
+            state = checkpoints.restore(start, program.state)
             folder.claim(config, arch)  # with what may change: the mesh, cadences
         else:
-            state = initial_state(definition, optimizer, abstract, config.seed)
+            state = program.initial_state()
 
         # 3. The data, from the example where the run is.
         batches = _batches(config, arch, tokenizer, source, mesh, start)
 
         # 4. Step by step. Metrics are read only when they are logged: the device is never waited for in between.
-        train_step = make_train_step(definition, optimizer, schedule, abstract)
         clock = StepClock(config.data.global_batch)
         with MetricsLog(folder, resumed_at=start) as log, Progress(config.total_steps, done=start) as progress:
-            progress.say(
-                f"{config.model.variant}, {mesh.size} device(s), {len(source):,} records of {config.data.train}"
-            )
+            for line in (*program.described(), f"data: {len(source):,} records of {config.data.train}"):
+                progress.say(line)
             if start:
                 progress.say(f"resumed at step {start}")
             for step in range(start + 1, config.total_steps + 1):
                 with clock.waiting_for_data():
                     batch = sharding.to_mesh(next(batches), config.data.global_batch, mesh)
-                state, metrics = train_step(state, batch)
+                state, metrics = program.train_step(state, batch)
                 clock.steps += 1
                 progress.advance(step)
                 if step == 1 or every(config.log_every, step, config.total_steps):

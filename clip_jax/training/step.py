@@ -3,14 +3,33 @@
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from clip_jax import losses
 from clip_jax.models.clip import Definition, Params, Weights, constrain, l2_normalise, normalise_pixels
+from clip_jax.training.microbatch import Embeddings, Encode
 from clip_jax.training.state import TrainState
 from clip_jax.typing import Batch, Float
 
 Metrics = dict[str, jax.Array]
+
+
+def make_encode(definition: Definition, dropout: jax.Array | None = None) -> Encode:
+    """Returns the function (weights, batch, rows) → (normalised embeddings, new statistics).
+
+    `dropout` is the key of all that is random in a step; a pair's own is that and its row in the global batch.
+    """
+
+    def encode(weights: Weights, batch: Batch, rows_B: jax.Array) -> tuple[Embeddings, Params]:
+        model = definition.bind(weights)
+        pixels = normalise_pixels(batch.image, definition.architecture.preprocess)
+        keys_B = None if dropout is None else jax.vmap(jax.random.fold_in, (None, 0))(dropout, rows_B)
+        img_BE = l2_normalise(model.encode_image(pixels, train=True, dropout_B=keys_B))
+        txt_BE = l2_normalise(model.encode_text(batch.tokens))
+        return (img_BE, txt_BE), jax.lax.stop_gradient(model.statistics())
+
+    return encode
 
 
 def make_train_step(
@@ -18,27 +37,36 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     abstract: TrainState,
+    *,
+    seed: int = 0,
+    ring: losses.Ring | None = None,
+    parts: Callable[[Encode], Encode] = lambda encode: encode,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Returns the compiled function (state, global batch) → (state, metrics).
 
     It takes the old state's memory, and leaves the new one in the places that `abstract` gives: left to itself the
-    compiler would move small arrays, and the second step would be another program than the first.
+    compiler would move small arrays, and the second step would be another program than the first. `ring` is the loss's
+    form, `parts` cuts the batch for the towers.
     """
 
     def loss_of(
-        params: Params, statistics: Params, batch: Batch
+        params: Params, statistics: Params, batch: Batch, step: jax.Array
     ) -> tuple[Float[jax.Array, ""], tuple[Metrics, Params]]:
+        dropout = jax.random.fold_in(jax.random.key(seed), step) if definition.patch_dropout else None
+        encode = parts(make_encode(definition, dropout))
+        (img_BE, txt_BE), statistics = encode(Weights(params, statistics), batch, jnp.arange(len(batch.valid)))
         model = definition.bind(Weights(params, statistics))
-        pixels = normalise_pixels(batch.image, definition.architecture.preprocess)
-        img_BE = l2_normalise(model.encode_image(pixels, train=True))
-        txt_BE = l2_normalise(model.encode_text(batch.tokens))
-        loss = losses.softmax(img_BE, txt_BE, scale=model.scale(), valid_B=batch.valid)
+        known = {"scale": model.scale(), "valid_B": batch.valid, "ring": ring}
+        if model.logit_bias is None:
+            loss = losses.softmax(img_BE, txt_BE, **known)
+        else:
+            loss = losses.sigmoid(img_BE, txt_BE, bias=model.bias(), **known)
         metrics = {"loss": loss, "logit_scale": model.scale(), "valid": batch.valid.sum()}
-        return loss, (metrics, model.statistics())
+        return loss, (metrics, statistics)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         differentiate = jax.value_and_grad(loss_of, has_aux=True)
-        (_, (metrics, statistics)), gradients = differentiate(state.params, state.statistics, batch)
+        (_, (metrics, statistics)), gradients = differentiate(state.params, state.statistics, batch, state.step)
         updates, moments = optimizer.update(gradients, state.optimizer, state.params)
         params = constrain(optax.apply_updates(state.params, updates))
         metrics |= {"gradient_norm": optax.tree.norm(gradients), "learning_rate": schedule(state.step)}

@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import pytest
 
+import clip_jax
 from clip_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimConfig
 from clip_jax.errors import UserError
 from clip_jax.training.loop import train
@@ -110,12 +111,19 @@ def test_a_finished_run_started_again_changes_nothing(on_one_device, data_dir):
     assert losses(on_one_device) == before
 
 
-def test_a_siglip_is_not_trained_by_the_softmax_loss(data_dir, tmp_path):
-    config = small_config(data_dir)
-    config.model.variant = "ViT-B-16-SigLIP"
-    with pytest.raises(UserError, match="ViT-B-16-SigLIP is trained by a sigmoid loss"):
-        train(config, tmp_path / "run")
-    assert not (tmp_path / "run").exists()
+def test_a_model_with_a_bias_is_trained_by_the_sigmoid_loss_in_either_form(data_dir, tmp_path):
+    config = small_config(data_dir, total_steps=6)
+    config.model.logit_bias = True
+    config.data.global_batch = 16
+    train(config, tmp_path / "dense", devices=jax.devices()[:1])
+    config.loss.form = "ring"
+    train(config, tmp_path / "ring")
+    dense, ring = losses(tmp_path / "dense"), losses(tmp_path / "ring")
+    assert dense[0][1] == pytest.approx(10, abs=3)  # pairs cost softplus(10 - 10 cos), others next to nothing
+    assert dense[-1][1] < dense[0][1]
+    for (_, expected), (_, found) in zip(dense, ring, strict=True):
+        assert found == pytest.approx(expected, rel=1e-5)
+    assert clip_jax.load(tmp_path / "ring")[0].weights.params["logit_bias"] != -10
 
 
 def test_a_workdir_of_another_config_is_refused_by_the_fields_that_differ(on_one_device, data_dir):

@@ -1,0 +1,102 @@
+"""What a config computes, and where: all of a run but its data and its numbers.
+
+The loop runs it; the planner compiles it for devices that are not there.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+
+from clip_jax import losses, optim, sharding
+from clip_jax.architecture import Architecture
+from clip_jax.config import Config
+from clip_jax.models.clip import Definition
+from clip_jax.models.variants import architecture
+from clip_jax.training.microbatch import check_microbatch, in_parts
+from clip_jax.training.state import TrainState, abstract_state, initial_state
+from clip_jax.training.step import Metrics, make_train_step
+from clip_jax.typing import Batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A config, put together for the devices of a mesh; arrays are shapes with their places."""
+
+    config: Config
+    architecture: Architecture
+    definition: Definition
+    mesh: Mesh
+    optimizer: optax.GradientTransformation
+    ring: losses.Ring | None  # None: the loss is dense
+    parts: int  # of the batch, for the towers
+    state: TrainState
+    batch: Batch
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]  # compiled when it is first called
+
+    def initial_state(self) -> TrainState:
+        """Returns the state at step 0, created in its places."""
+        return initial_state(self.definition, self.optimizer, self.state, self.config.seed)
+
+    def described(self) -> list[str]:
+        """Returns what was decided, a line each."""
+        config, sizes = self.config, self.mesh.shape
+        lines = [f"{config.model.variant}, mesh data × fsdp × tensor = {' × '.join(str(n) for n in sizes.values())}"]
+        kind = "sigmoid" if self.architecture.logit_bias else "softmax"
+        if self.ring is None:
+            lines.append(f"loss: {kind}, dense: all {config.data.global_batch:,}² logits at once")
+        else:
+            devices = losses.ring_size(self.ring)
+            lines.append(f"loss: {kind}, in a ring of {devices} device(s), tiles of {self.ring.tile}² logits")
+        if self.parts > 1:
+            seen = "; batch norm sees each by itself" if self.state.statistics else ""
+            lines.append(f"towers: {self.parts} parts of {config.microbatch:,} pairs, one after the other{seen}")
+        return lines
+
+
+def assemble(config: Config, devices: list[jax.Device] | None = None) -> Program:
+    """Returns the program of a config on all devices (or those given); computes nothing.
+
+    Raises:
+        UserError: what the config asks for does not fit together, or not on these devices.
+    """
+    arch = architecture(config.model)
+    mesh = sharding.make_mesh(config.mesh, devices)
+    sharding.check_batch(config.data.global_batch, mesh)
+    parts = check_microbatch(config.microbatch, config.data.global_batch, mesh)
+    ring = losses.ring_for(config.loss, mesh, sharding.BATCH_AXES, config.data.global_batch)
+    definition = Definition(
+        arch, dtype=config.model.compute_dtype, remat=config.model.remat, patch_dropout=config.model.patch_dropout
+    )
+    optimizer = optim.optimizer(config.optim, config.total_steps)
+    state = abstract_state(definition, optimizer, mesh)
+    train_step = make_train_step(
+        definition,
+        optimizer,
+        optim.schedule(config.optim, config.total_steps),
+        state,
+        seed=config.seed,
+        ring=ring,
+        parts=functools.partial(in_parts, parts=parts, mesh=mesh),
+    )
+    batch = abstract_batch(arch, config.data.global_batch, mesh)
+    return Program(config, arch, definition, mesh, optimizer, ring, parts, state, batch, train_step)
+
+
+def abstract_batch(arch: Architecture, global_batch: int, mesh: Mesh) -> Batch:
+    """Returns the shapes of a global batch, each with its place on the mesh."""
+    rows = NamedSharding(mesh, sharding.BATCH)
+
+    def shape(*sizes: int, dtype) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((global_batch, *sizes), dtype, sharding=rows)
+
+    side = arch.image.image_size
+    return Batch(
+        image=shape(side, side, 3, dtype=jnp.uint8),
+        tokens=shape(arch.text.context_length, dtype=jnp.int32),
+        valid=shape(dtype=jnp.bool_),
+    )
