@@ -43,8 +43,9 @@ class TextTransformer(nnx.Module):
         Behind a causal mask nothing after the pooled position can be seen: a batch may then be cut to its longest
         caption, and the result is the same.
         """
-        x_BD = transformer.run(self.blocks, self._embed(tokens_BL), self.compute, pooled_at(self.tower, tokens_BL))
-        return project(self.post_norm(x_BD), self.projection, self.projection_bias)
+        at_B = pooled_at(self.tower, tokens_BL)
+        (x_B1D,) = transformer.run(self.blocks, (self._embed(tokens_BL),), self.compute, at_B)
+        return project(self.post_norm(x_B1D[:, 0]), self.projection, self.projection_bias)
 
     def states(self, tokens_BL: Int[jax.Array, "B L"]) -> Float[jax.Array, "depth B L D"]:
         """Returns what comes out of every block, before the last layer norm."""
