@@ -84,11 +84,7 @@ def project(
 
 
 class Attention(nnx.Module):
-    """Multi-head self-attention, causal or not, of a sequence that may come in pieces (T counts queries, keys, values).
-
-    Queries, keys and values are three products, each of which leaves heads before positions, as attention wants them:
-    one product for all would be copied apart.
-    """
+    """Multi-head self-attention, causal or not, of a sequence that may come in pieces (T: queries, keys and values)."""
 
     def __init__(self, *, qkv: Linear, out: Linear, causal: bool):
         self.qkv = qkv  # kernel [D, T, N, K]
@@ -109,9 +105,18 @@ class Attention(nnx.Module):
         return tuple(self.out(x_BNLK.swapaxes(1, 2)) for x_BNLK in attend(queries, keys, values, seen_LM))
 
     def _heads(self, x_BLD: Float[jax.Array, "B L D"]) -> tuple[Float[jax.Array, "B N L K"], ...]:
-        """Returns queries, scaled, and keys and values."""
-        kernel, bias = self.qkv.kernel[...].astype(x_BLD.dtype), self.qkv.bias[...].astype(x_BLD.dtype)
-        q_BNLK, k_BNLK, v_BNLK = (jnp.einsum("BLD,DNK->BNLK", x_BLD, kernel[:, t]) + bias[t][:, None] for t in range(3))
+        """Returns queries, scaled, and keys and values, heads before positions as attention wants them.
+
+        What comes out of one product is copied apart, and for three products the kernel is: the smaller of the two.
+        """
+        batch, length, width = x_BLD.shape
+        if batch * length < width:
+            q_BNLK, k_BNLK, v_BNLK = self.qkv(x_BLD).transpose(2, 0, 3, 1, 4)
+        else:
+            kernel, bias = self.qkv.kernel[...].astype(x_BLD.dtype), self.qkv.bias[...].astype(x_BLD.dtype)
+            q_BNLK, k_BNLK, v_BNLK = (
+                jnp.einsum("BLD,DNK->BNLK", x_BLD, kernel[:, t]) + bias[t][:, None] for t in range(3)
+            )
         return q_BNLK * q_BNLK.shape[-1] ** -0.5, k_BNLK, v_BNLK
 
 

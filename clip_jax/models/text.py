@@ -52,5 +52,7 @@ class TextTransformer(nnx.Module):
         return transformer.states(self.blocks, self._embed(tokens_BL))
 
     def _embed(self, tokens_BL: Int[jax.Array, "B L"]) -> Float[jax.Array, "B L D"]:
-        x_BLD = self.token_embedding[...][tokens_BL].astype(self.compute.dtype)  # so that gradients add up in float32
+        table_VD = transformer.everywhere(self.token_embedding[...], self.compute)
+        x_BLD = table_VD[tokens_BL].astype(self.compute.dtype)  # so that gradients add up in float32
+        x_BLD = transformer.stay(x_BLD, self.compute)
         return x_BLD + self.positional_embedding[...].astype(self.compute.dtype)[: tokens_BL.shape[1]]

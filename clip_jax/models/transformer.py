@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from clip_jax.architecture import TextTower, ViTTower
 from clip_jax.models.attention import KEPT
@@ -31,6 +32,9 @@ class Compute:
     remat: str = "none"  # a word of REMAT
     patch_dropout: float = 0.0  # share of an image's patches that are left out in training
     unroll: bool = False  # blocks are compiled one by one, not scanned: for inference on a CPU
+    rows: NamedSharding | None = (
+        None  # where the rows of a batch are to stay between blocks; None: the compiler's choice
+    )
 
 
 class Block(nnx.Module):
@@ -121,7 +125,7 @@ def run(blocks: Block, pieces: Pieces, compute: Compute, at_B: Int[jax.Array, " 
         return last(pieces, at_B)
 
     def apply(pieces, block):
-        return block(pieces), None
+        return stay(block(stay(pieces, compute)), compute), None
 
     if REMAT[compute.remat] is not None:
         apply = jax.checkpoint(
@@ -129,6 +133,19 @@ def run(blocks: Block, pieces: Pieces, compute: Compute, at_B: Int[jax.Array, " 
         )  # a scan keeps the two passes apart
     pieces = jax.lax.scan(apply, pieces, blocks)[0]
     return pieces if at_B is None else tuple(take(x, at_B) for x in pieces)
+
+
+def stay(x: jax.Array | Pieces, compute: Compute) -> jax.Array | Pieces:
+    """Returns activations that are split by rows alone. Where weights are split, too, a compiler may otherwise gather
+    the rows and split the width: another use of the mesh, that needs many times the memory."""
+    return x if compute.rows is None else jax.lax.with_sharding_constraint(x, compute.rows)
+
+
+def everywhere(x: jax.Array, compute: Compute) -> jax.Array:
+    """Returns a weight whole on every device: that is less to move than what a look-up in its parts finds."""
+    if compute.rows is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(compute.rows.mesh, PartitionSpec()))
 
 
 def take(x_BLD: Float[jax.Array, "B L D"], at_B: Int[jax.Array, " B"]) -> Float[jax.Array, "B 1 D"]:

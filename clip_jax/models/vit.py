@@ -92,7 +92,7 @@ class ViT(nnx.Module):
         return list(transformer.states(self.blocks, self._embed(image_BHWC)))
 
     def _embed(self, image_BHWC: Float[jax.Array, "B H W C"]) -> Float[jax.Array, "B L D"]:
-        x_BLD = self.patch_embed(image_BHWC.astype(self.compute.dtype))
+        x_BLD = transformer.stay(self.patch_embed(image_BHWC.astype(self.compute.dtype)), self.compute)
         if self.class_embedding is not None:
             cls_D = self.class_embedding[...].astype(self.compute.dtype)
             cls_B1D = jnp.broadcast_to(cls_D, (len(x_BLD), 1, len(cls_D)))
