@@ -43,9 +43,10 @@ def _gather(q_BNLK: jax.Array, keys: Heads, values: Heads, seen_LM) -> tuple[jax
         _product("BNLM,BNMK->BNLK", jnp.exp(x - highest_BNL1), _with_ones(v_BNMK))
         for x, v_BNMK in zip(scores, values, strict=True)
     )
-    result_BNLK, sum_BNL1 = total_BNLK[..., :-1] / total_BNLK[..., -1:], total_BNLK[..., -1:]
+    sum_BNL1 = total_BNLK[..., -1:]
+    result_BNLK = (total_BNLK[..., :-1] / sum_BNL1).astype(q_BNLK.dtype)
     log_sum_BNL = (highest_BNL1 + jnp.log(sum_BNL1))[..., 0]
-    return checkpoint_name(result_BNLK.astype(q_BNLK.dtype), KEPT), checkpoint_name(log_sum_BNL, KEPT)
+    return checkpoint_name(result_BNLK, KEPT), checkpoint_name(log_sum_BNL, KEPT)
 
 
 def _backward(kept: tuple, cotangents: Heads) -> tuple[Heads, Heads, Heads, None]:
@@ -81,4 +82,5 @@ def _scores(q_BNLK: jax.Array, k_BNMK: jax.Array, seen_LM) -> jax.Array:
 
 
 def _with_ones(v_BNMK: jax.Array) -> jax.Array:
+    """Returns the values with one column more, whose product with the weights is their sum."""
     return jnp.pad(v_BNMK, ((0, 0),) * 3 + ((0, 1),), constant_values=1)

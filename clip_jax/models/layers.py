@@ -107,10 +107,10 @@ class Attention(nnx.Module):
     def _heads(self, x_BLD: Float[jax.Array, "B L D"]) -> tuple[Float[jax.Array, "B N L K"], ...]:
         """Returns queries, scaled, and keys and values, heads before positions as attention wants them.
 
-        What comes out of one product is copied apart, and for three products the kernel is: the smaller of the two.
+        What comes out of one product is copied apart, and for three products the kernel is: that pays for many rows.
         """
         batch, length, width = x_BLD.shape
-        if batch * length < width:
+        if batch * length < 4 * width:
             q_BNLK, k_BNLK, v_BNLK = self.qkv(x_BLD).transpose(2, 0, 3, 1, 4)
         else:
             kernel, bias = self.qkv.kernel[...].astype(x_BLD.dtype), self.qkv.bias[...].astype(x_BLD.dtype)

@@ -19,8 +19,6 @@ REMAT = {
     "attention": jax.checkpoint_policies.save_only_these_names(KEPT),  # its results, and what norms divide by
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-
-
 Pieces = tuple[Float[jax.Array, "B _ D"], ...]  # what a sequence is cut into; together they are the whole
 
 
@@ -32,9 +30,7 @@ class Compute:
     remat: str = "none"  # a word of REMAT
     patch_dropout: float = 0.0  # share of an image's patches that are left out in training
     unroll: bool = False  # blocks are compiled one by one, not scanned: for inference on a CPU
-    rows: NamedSharding | None = (
-        None  # where the rows of a batch are to stay between blocks; None: the compiler's choice
-    )
+    rows: NamedSharding | None = None  # where a batch's rows are to stay between blocks; None: the compiler's choice
 
 
 class Block(nnx.Module):

@@ -136,7 +136,9 @@ def attended_state(vit: ViT, x_BLD: Float[jax.Array, "B L D"]) -> Float[jax.Arra
     return vit.map_pool(vit.post_norm(x_BLD))
 
 
-def both_states(vit: ViT, x_BLD: Float[jax.Array, "B L D"]) -> tuple[jax.Array, jax.Array]:
+def both_states(
+    vit: ViT, x_BLD: Float[jax.Array, "B L D"]
+) -> tuple[Float[jax.Array, "B _ D"], Float[jax.Array, "B P D"]]:
     """Returns the states of the class token [B, 1, D], or of none [B, 0, D], and those of the patches [B, P, D].
 
     The two go through the blocks apart, for the number of patches suits the hardware and one more does not
