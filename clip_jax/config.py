@@ -16,7 +16,7 @@ from typing import Any
 from clip_jax.errors import UserError, nearest
 
 COMPUTE_DTYPES = ("float32", "bfloat16")
-REMAT_POLICIES = ("none", "full", "dots")
+REMAT_POLICIES = ("none", "full", "dots", "attention")
 LOSS_FORMS = ("auto", "dense", "ring")
 
 
@@ -52,7 +52,9 @@ class ModelConfig(Checked):
     context_length: int | None = None  # None: the variant's own
     tokenizer: str | None = None  # a tokenizer.json, for a variant whose tokenizer is in a file; the run keeps a copy
     compute_dtype: str = "float32"  # parameters are float32 whatever this says
-    remat: str = "none"  # what the backward pass computes again: nothing (none), all but products (dots), all (full)
+    # What the backward pass computes again: nothing (none), all but products (dots), all but attention's results
+    # (attention), all (full).
+    remat: str = "none"
     patch_dropout: float = 0.0  # share of an image's patches that a ViT does not see in training (arXiv 2212.00794)
     logit_bias: bool | None = None  # trained by the sigmoid loss with a bias, not by softmax; None: as the variant was
 
