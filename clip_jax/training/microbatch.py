@@ -18,14 +18,17 @@ from clip_jax.sharding import BATCH
 from clip_jax.typing import Batch
 
 Embeddings = tuple[jax.Array, jax.Array]  # image and text, [B E] each
-Encode = Callable[[Weights, Batch, jax.Array | None], tuple[Embeddings, Params]]  # and new statistics
+# (weights, batch, rows of the global batch, their place on the mesh) → embeddings and new statistics
+Encode = Callable[[Weights, Batch, jax.Array, NamedSharding], tuple[Embeddings, Params]]
 
 
-def in_parts(encode: Encode, parts: int, mesh: Mesh) -> Encode:
+def in_parts(
+    encode: Encode, parts: int, mesh: Mesh
+) -> Callable[[Weights, Batch, jax.Array], tuple[Embeddings, Params]]:
     """Returns a function that does what `encode` does, in so many parts of the batch, one after the other.
 
-    `encode(weights, batch, rows_B)` gives embeddings and new statistics; what is random about a pair has to come from
-    its row in the global batch, so that it is the same in any part, and again in the backward pass.
+    What is random about a pair has to come from its row in the global batch, so that it is the same in any part, and
+    again in the backward pass.
 
     Every device cuts its own rows: no image travels. Parameters that are replicated over the `data` axis would have
     their gradients reduced in every part; instead each device adds its own up over the parts, and they are reduced
@@ -35,11 +38,11 @@ def in_parts(encode: Encode, parts: int, mesh: Mesh) -> Encode:
     with batch norm, since it has to reduce their statistics there anyway, and meshes with a `tensor` axis, which XLA
     cannot partition beside a manual one.
     """
-    if parts == 1:
-        return encode
 
     def whole(weights: Weights, batch: Batch, rows_B: jax.Array) -> tuple[Embeddings, Params]:
         rows = (batch, rows_B)
+        if parts == 1:
+            return encode(weights, *rows, NamedSharding(mesh, BATCH))
         if weights.statistics or mesh.shape["data"] == 1 or mesh.shape["tensor"] > 1:
             return _one_after_the_other(encode, parts, weights, rows, NamedSharding(mesh, BATCH))
 
@@ -72,7 +75,7 @@ def _one_after_the_other(
 
     @jax.checkpoint
     def one(statistics: Params, part: tuple) -> tuple[Params, Embeddings]:
-        embeddings, statistics = encode(Weights(weights.params, statistics), *part)
+        embeddings, statistics = encode(Weights(weights.params, statistics), *part, placed)
         return statistics, embeddings
 
     statistics, embeddings = jax.lax.scan(one, weights.statistics, jax.tree.map(cut, rows))

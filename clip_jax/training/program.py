@@ -4,7 +4,6 @@ The loop runs it; the planner compiles it for devices that are not there.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 
 import jax
@@ -17,7 +16,7 @@ from clip_jax.architecture import Architecture
 from clip_jax.config import Config
 from clip_jax.models.clip import Definition
 from clip_jax.models.variants import architecture
-from clip_jax.training.microbatch import check_microbatch, in_parts
+from clip_jax.training.microbatch import check_microbatch
 from clip_jax.training.state import TrainState, abstract_state, initial_state
 from clip_jax.training.step import Metrics, make_train_step
 from clip_jax.typing import Batch
@@ -81,7 +80,7 @@ def assemble(config: Config, devices: list[jax.Device] | None = None) -> Program
         state,
         seed=config.seed,
         ring=ring,
-        parts=functools.partial(in_parts, parts=parts, mesh=mesh),
+        parts=parts,
     )
     batch = abstract_batch(arch, config.data.global_batch, mesh)
     return Program(config, arch, definition, mesh, optimizer, ring, parts, state, batch, train_step)
