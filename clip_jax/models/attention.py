@@ -16,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from clip_jax.typing import Bool, Float
 
+IMPLEMENTATIONS = ("xla", "cudnn")
 Heads = tuple[Float[jax.Array, "B N _ K"], ...]  # one array for each piece of the sequence
 KEPT = "attention"  # the name by which a rematerialisation policy knows the results
 
@@ -28,6 +29,43 @@ def attend(queries: Heads, keys: Heads, values: Heads, seen_LM: Bool[jax.Array, 
     comes out, have the dtype of the values.
     """
     return _forward(queries, keys, values, seen_LM)[0]
+
+
+def attend_by_cudnn(
+    q_BNLK: Float[jax.Array, "B N L K"],
+    k_BNLK: Float[jax.Array, "B N L K"],
+    v_BNLK: Float[jax.Array, "B N L K"],
+    *,
+    causal: bool,
+) -> Float[jax.Array, "B N L K"]:
+    """Returns what `attend` returns for a whole sequence, computed by NVIDIA's kernels, which keep no scores either.
+
+    Queries are scaled by the caller.
+    """
+    q_BLNK, k_BLNK, v_BLNK = (x.swapaxes(1, 2) for x in (q_BNLK, k_BNLK, v_BNLK))
+    result_BLNK = jax.nn.dot_product_attention(
+        q_BLNK, k_BLNK, v_BLNK, scale=1.0, is_causal=causal, implementation="cudnn"
+    )
+    return checkpoint_name(result_BLNK, KEPT).swapaxes(1, 2)
+
+
+def refused_by_cudnn(shape_NLK: tuple[int, int, int], *, causal: bool, dtype: str, device: jax.Device) -> str | None:
+    """Returns why cuDNN does not compute such attention, forward and backward, on a GPU; None: it does.
+
+    It is asked, by compiling it: what a version accepts is written nowhere else.
+    """
+    if dtype != "bfloat16":
+        return f"it takes no {dtype}"
+    like = jax.ShapeDtypeStruct((1, *shape_NLK), dtype, sharding=jax.sharding.SingleDeviceSharding(device))
+
+    def total(*qkv: jax.Array) -> jax.Array:
+        return attend_by_cudnn(*qkv, causal=causal).sum(dtype=jnp.float32)
+
+    try:
+        jax.jit(jax.grad(total, (0, 1, 2))).lower(like, like, like).compile()
+    except Exception as error:  # by JAX, by XLA or by cuDNN, each with a class of its own
+        return str(error).strip().partition("\n")[0] or type(error).__name__
+    return None
 
 
 def _forward(queries: Heads, keys: Heads, values: Heads, seen_LM) -> tuple[Heads, tuple]:

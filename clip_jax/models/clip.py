@@ -102,6 +102,7 @@ class Definition:
     architecture: Architecture
     dtype: str = "float32"
     remat: str = "none"
+    attention: str = "xla"
     patch_dropout: float = 0.0
     unroll: bool = False
     rows: jax.sharding.NamedSharding | None = None
@@ -121,7 +122,7 @@ class Definition:
         return nnx.merge(graph, weights.params, weights.statistics)
 
     def _build(self, key: jax.Array) -> CLIP:
-        compute = Compute(self.dtype, self.remat, self.patch_dropout, self.unroll, self.rows)
+        compute = Compute(self.dtype, self.remat, self.attention, self.patch_dropout, self.unroll, self.rows)
         return CLIP(self.architecture, compute, key=key)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from clip_jax.models.attention import KEPT, attend
+from clip_jax.models.attention import KEPT, attend, attend_by_cudnn
 from clip_jax.typing import Float, Int
 
 Array = jax.Array | np.ndarray
@@ -86,10 +86,11 @@ def project(
 class Attention(nnx.Module):
     """Multi-head self-attention, causal or not, of a sequence that may come in pieces (T: queries, keys and values)."""
 
-    def __init__(self, *, qkv: Linear, out: Linear, causal: bool):
+    def __init__(self, *, qkv: Linear, out: Linear, causal: bool, implementation: str = "xla"):
         self.qkv = qkv  # kernel [D, T, N, K]
         self.out = out  # kernel [N, K, D]
         self.causal = causal
+        self.implementation = implementation  # a word of IMPLEMENTATIONS
 
     def __call__(
         self, pieces: tuple[Float[jax.Array, "B _ D"], ...], at_B: Int[jax.Array, " B"] | None = None
@@ -97,6 +98,9 @@ class Attention(nnx.Module):
         """Returns what all positions, or one of each row, gather from all that they see."""
         assert len(pieces) == 1 or (not self.causal and at_B is None), "whose positions count is whole"
         queries, keys, values = zip(*map(self._heads, pieces), strict=True)
+        if self.implementation == "cudnn" and at_B is None and len(pieces) == 1:
+            result_BNLK = attend_by_cudnn(queries[0], keys[0], values[0], causal=self.causal)
+            return (self.out(result_BNLK.swapaxes(1, 2)),)
         length = pieces[0].shape[1]
         seen_LM = jnp.tri(length, dtype=bool) if self.causal else None
         if at_B is not None:

@@ -28,6 +28,7 @@ class Compute:
 
     dtype: str = "float32"  # of activations and products
     remat: str = "none"  # a word of REMAT
+    attention: str = "xla"  # whose kernels compute it: a word of IMPLEMENTATIONS
     patch_dropout: float = 0.0  # share of an image's patches that are left out in training
     unroll: bool = False  # blocks are compiled one by one, not scanned: for inference on a CPU
     rows: NamedSharding | None = None  # where a batch's rows are to stay between blocks; None: the compiler's choice
@@ -51,7 +52,7 @@ class Block(nnx.Module):
         return tuple(x + self.mlp(self.mlp_norm(x)) for x in pieces)
 
 
-def image_block(key: jax.Array, tower: ViTTower) -> Block:
+def image_block(key: jax.Array, tower: ViTTower, compute: Compute) -> Block:
     """Returns a block initialised by PyTorch's defaults, which is what OpenAI's image Transformer starts from."""
     width, mlp_dim, heads = tower.width, tower.mlp_dim, (tower.num_heads, tower.width // tower.num_heads)
     qkv, up, up_bias, out, down, down_bias = jax.random.split(key, 6)
@@ -63,6 +64,7 @@ def image_block(key: jax.Array, tower: ViTTower) -> Block:
             qkv=Linear(uniform(qkv, (width, 3, *heads), xavier), zeros((3, *heads))),
             out=Linear(uniform(out, (*heads, width), width**-0.5), zeros((width,))),
             causal=False,
+            implementation=compute.attention,
         ),
         mlp=MLP(
             up=Linear(uniform(up, (width, mlp_dim), width**-0.5), uniform(up_bias, (mlp_dim,), width**-0.5)),
@@ -72,7 +74,7 @@ def image_block(key: jax.Array, tower: ViTTower) -> Block:
     )
 
 
-def text_block(key: jax.Array, tower: TextTower) -> Block:
+def text_block(key: jax.Array, tower: TextTower, compute: Compute) -> Block:
     """Returns a block initialised as OpenAI's: what goes into the residual shrinks with the depth."""
     width, mlp_dim, heads = tower.width, tower.mlp_dim, (tower.num_heads, tower.width // tower.num_heads)
     qkv, up, up_bias, out, down, down_bias = jax.random.split(key, 6)
@@ -84,6 +86,7 @@ def text_block(key: jax.Array, tower: TextTower) -> Block:
             qkv=Linear(normal(qkv, (width, 3, *heads), width**-0.5), zeros((3, *heads))),
             out=Linear(normal(out, (*heads, width), residual), zeros((width,))),
             causal=tower.causal,
+            implementation=compute.attention,
         ),
         mlp=MLP(
             up=Linear(normal(up, (width, mlp_dim), (2 * width) ** -0.5), uniform(up_bias, (mlp_dim,), width**-0.5)),

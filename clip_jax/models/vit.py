@@ -67,7 +67,7 @@ class ViT(nnx.Module):
         self.class_embedding = normal(cls, (width,), width**-0.5) if tower.class_token else None
         self.positional_embedding = normal(position, (positions, width), width**-0.5)
         self.pre_norm = LayerNorm(width, eps=tower.eps) if tower.pre_norm else None
-        self.blocks = transformer.stack(lambda k: transformer.image_block(k, tower), blocks, tower.depth)
+        self.blocks = transformer.stack(lambda k: transformer.image_block(k, tower, compute), blocks, tower.depth)
         self.post_norm = LayerNorm(width, eps=tower.eps)
         self.map_pool = MapPool(tower, key=projection) if tower.pool == "map" else None
         self.projection = normal(projection, (width, embed_dim), width**-0.5) if tower.projection else None
@@ -142,10 +142,11 @@ def both_states(
     """Returns the states of the class token [B, 1, D], or of none [B, 0, D], and those of the patches [B, P, D].
 
     The two go through the blocks apart, for the number of patches suits the hardware and one more does not
-    (models/attention.py). Unrolled, for a batch of one on a CPU, they stay together: weights are read once.
+    (models/attention.py). Unrolled, for a batch of one on a CPU, they stay together: weights are read once. So they do
+    for cuDNN, which has its own ways with any number.
     """
     first = int(vit.tower.class_token)
-    if vit.compute.unroll or not first:
+    if vit.compute.unroll or vit.compute.attention == "cudnn" or not first:
         (x_BLD,) = transformer.run(vit.blocks, (x_BLD,), vit.compute)
         return x_BLD[:, :first], x_BLD[:, first:]
     x_BPD, cls_B1D = transformer.run(vit.blocks, (x_BLD[:, first:], x_BLD[:, :first]), vit.compute)

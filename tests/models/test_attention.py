@@ -7,8 +7,10 @@ import pytest
 
 from clip_jax.architecture import ViTTower
 from clip_jax.models import transformer
-from clip_jax.models.attention import attend
+from clip_jax.models.attention import attend, attend_by_cudnn
+from clip_jax.models.clip import Definition, Weights
 from clip_jax.models.transformer import Compute
+from clip_jax.models.variants import VARIANTS
 
 B, N, L, K = 3, 2, 7, 5
 CAUSAL = np.tri(L, dtype=bool)
@@ -83,7 +85,9 @@ def test_no_scores_are_kept_for_the_backward_pass():
 
 def test_blocks_make_the_same_of_patches_and_class_token_apart_as_of_both_together(x64):
     tower = ViTTower(image_size=12, patch_size=4, width=24, depth=3, num_heads=2, mlp_dim=40)
-    blocks = transformer.stack(lambda key: transformer.image_block(key, tower), jax.random.key(0), tower.depth)
+    blocks = transformer.stack(
+        lambda key: transformer.image_block(key, tower, Compute()), jax.random.key(0), tower.depth
+    )
     blocks = jax.tree.map(lambda x: x.astype(jnp.float64), blocks)
     x_BLD, weight_BLD = np.random.default_rng(4).normal(size=(2, B, 10, 24))
 
@@ -99,3 +103,40 @@ def test_blocks_make_the_same_of_patches_and_class_token_apart_as_of_both_togeth
     ways = [jax.jit(jax.grad(way, argnums=(0, 1), has_aux=True))(blocks, x_BLD) for way in (apart, together)]
     for x, expected in zip(*map(jax.tree.leaves, ways), strict=True):
         np.testing.assert_allclose(x, expected, rtol=0, atol=1e-12 * np.abs(expected).max())
+
+
+# --- cuDNN's ---
+
+
+@pytest.fixture
+def cudnn_by_xla(monkeypatch):
+    """Has XLA compute what cuDNN is asked for: what is given to it and taken from it can be seen without a GPU."""
+    genuine = jax.nn.dot_product_attention
+
+    def on_any_device(*qkv, implementation, **words):
+        assert implementation == "cudnn"
+        return genuine(*qkv, implementation="xla", **words)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", on_any_device)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_cudnn_is_asked_for_the_same(cudnn_by_xla, causal):
+    q, k, v, _ = (jnp.asarray(x, jnp.float32) for x in heads(0))
+    ((expected,)) = attend((q,), (k,), (v,), jnp.asarray(CAUSAL) if causal else None)
+    np.testing.assert_allclose(attend_by_cudnn(q, k, v, causal=causal), expected, rtol=0, atol=1e-6)
+
+
+def test_a_model_on_cudnn_has_the_embeddings_and_gradients_of_one_on_xla(cudnn_by_xla):
+    params, _ = jax.jit(Definition(VARIANTS["ViT-W64/4@16px"]).init)(jax.random.key(0))
+    random = np.random.default_rng(0)
+    image_BHWC = jnp.asarray(random.normal(size=(2, 16, 16, 3)), jnp.float32)
+    tokens_BL = jnp.asarray(random.integers(1, 999, (2, 16)), jnp.int32)
+
+    def total(params, attention):
+        model = Definition(VARIANTS["ViT-W64/4@16px"], attention=attention).bind(Weights(params, {}))
+        return (model.encode_image(image_BHWC) * model.encode_text(tokens_BL)).sum()
+
+    xla, cudnn = (jax.jit(jax.value_and_grad(total), static_argnums=1)(params, word) for word in ("xla", "cudnn"))
+    for x, expected in zip(jax.tree.leaves(cudnn), jax.tree.leaves(xla), strict=True):
+        np.testing.assert_allclose(x, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
