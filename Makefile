@@ -2,7 +2,7 @@
 # make test         what every change must pass, 15 minutes at most on 2 cores
 # make test-full    everything, the full-size and long cases too
 # make test-latest  all that needs no PyTorch, on the newest JAX (needs a Python of 3.12 or later)
-# make benchmark    clip_jax beside OpenAI's own code on this machine, and the memory of conversions (a few minutes)
+# make benchmark    beside OpenAI's own code, the memory of conversions, and the loss in both forms (a few minutes)
 # make lint         ruff
 # make clean        removes what these have set up, and leaves your runs
 # Each sets up what it needs, in folders that begin with .venv. Tests run in two processes; JOBS=1 makes it one.
@@ -50,6 +50,7 @@ endif
 benchmark: $(VENV_TEST)/.ready
 	$(VENV_TEST)/bin/python benchmarks/openai_clip.py
 	$(VENV_TEST)/bin/python benchmarks/conversion_memory.py
+	$(VENV_TEST)/bin/python benchmarks/contrastive_loss.py
 
 lint: $(VENV_TEST)/.ready
 	$(VENV_TEST)/bin/python -m ruff check .

@@ -84,7 +84,7 @@ class LossConfig(Checked):
 class DataConfig(Checked):
     """Where pairs come from, and what is done to them on the host."""
 
-    train: str = "tfds:captioned_digits:train"  # tfds:NAME[:SPLIT]
+    train: str | None = "tfds:captioned_digits:train"  # tfds:NAME[:SPLIT]; None: a recipe whose data you have to name
     data_dir: str | None = None  # where TFDS keeps its data sets; None: TFDS's own choice (~/tensorflow_datasets)
     global_batch: int = 256  # pairs a step, over all devices of all hosts
     crop_scale: tuple[float, float] = (0.9, 1.0)  # share of the area that a random square keeps, where the shape allows

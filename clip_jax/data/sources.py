@@ -41,7 +41,7 @@ class Source(Protocol):
 
 
 def open_source(
-    spec: str,
+    spec: str | None,
     *,
     data_dir: str | None = None,
     default_split: str = "train",
@@ -53,6 +53,8 @@ def open_source(
     Raises:
         UserError: the spec is malformed, or no such data set, split or feature exists; the message lists those that do.
     """
+    if spec is None:
+        raise UserError("this recipe comes without data: name yours, --config.data.train=tfds:NAME:SPLIT")
     kind, _, rest = spec.partition(":")
     if kind != "tfds" or not rest:
         raise UserError(f"{spec!r} is not a data set; write tfds:NAME[:SPLIT], such as tfds:captioned_digits:test")

@@ -1,0 +1,25 @@
+"""DataComp's large scale (arXiv 2304.14108): ViT-B/16, 1.28 billion pairs seen.
+
+    python train.py --config=configs/datacomp_large.py --workdir=/shared/datacomp_large \\
+        --config.data.train=tfds:NAME:SPLIT
+
+Data: the pool of the large scale, filtered (the competition is about how), prepared as a TFDS data set.
+Plan: python -m clip_jax.planning --config=configs/datacomp_large.py --topology=v5e:8x8
+Hardware: 64 TPU v5e chips.
+Time: see the table in docs/scaling.md.
+Result: 63.1 % on ImageNet, zero-shot, is the best baseline of the paper. Not run here.
+"""
+
+from clip_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimConfig
+
+
+def get_config() -> Config:
+    return Config(
+        model=ModelConfig(variant="ViT-B/16", compute_dtype="bfloat16", remat="attention"),
+        data=DataConfig(train=None, global_batch=8192, num_threads=16, num_workers=8),
+        optim=OptimConfig(learning_rate=5e-4, warmup_steps=500, weight_decay=0.2),
+        mesh=MeshConfig(data=64),
+        total_steps=156_250,
+        log_every=50,
+        checkpoint_every=1000,
+    )

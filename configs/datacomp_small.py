@@ -1,0 +1,25 @@
+"""DataComp's small scale (arXiv 2304.14108): ViT-B/32, 12.8 million pairs seen.
+
+    python train.py --config=configs/datacomp_small.py --workdir=/shared/datacomp_small \\
+        --config.data.train=tfds:NAME:SPLIT
+
+Data: the pool of the small scale, filtered (the competition is about how), prepared as a TFDS data set.
+Plan: python -m clip_jax.planning --config=configs/datacomp_small.py --topology=v5e:2x4
+Hardware: 8 TPU v5e chips.
+Time: see the table in docs/scaling.md.
+Result: 3.9 % on ImageNet, zero-shot, is the best baseline of the paper. Not run here.
+"""
+
+from clip_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimConfig
+
+
+def get_config() -> Config:
+    return Config(
+        model=ModelConfig(variant="ViT-B/32", compute_dtype="bfloat16", remat="attention"),
+        data=DataConfig(train=None, global_batch=4096, num_threads=16, num_workers=8),
+        optim=OptimConfig(learning_rate=5e-4, warmup_steps=500, weight_decay=0.2),
+        mesh=MeshConfig(data=8),
+        total_steps=3_125,
+        log_every=50,
+        checkpoint_every=1000,
+    )
