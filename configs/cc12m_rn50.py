@@ -5,7 +5,7 @@
 Data: CC12M, of which about 11 million images can still be had, prepared as a TFDS data set; 32 epochs of 11 million
 are 343,750 steps of 1,024.
 Plan: python -m clip_jax.planning --config=configs/cc12m_rn50.py --topology=v5e:2x4
-Hardware: 8 TPU v5e chips.
+Hardware: 8 TPU v5e chips, v5e:2x4.
 Time: see the table in docs/scaling.md.
 Result: 36.5 % on ImageNet, zero-shot, is what OpenCLIP reports. Not run here.
 """

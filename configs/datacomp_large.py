@@ -5,7 +5,7 @@
 
 Data: the pool of the large scale, filtered (the competition is about how), prepared as a TFDS data set.
 Plan: python -m clip_jax.planning --config=configs/datacomp_large.py --topology=v5e:8x8
-Hardware: 64 TPU v5e chips.
+Hardware: 64 TPU v5e chips, v5e:8x8.
 Time: see the table in docs/scaling.md.
 Result: 63.1 % on ImageNet, zero-shot, is the best baseline of the paper. Not run here.
 """

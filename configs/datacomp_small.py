@@ -5,7 +5,7 @@
 
 Data: the pool of the small scale, filtered (the competition is about how), prepared as a TFDS data set.
 Plan: python -m clip_jax.planning --config=configs/datacomp_small.py --topology=v5e:2x4
-Hardware: 8 TPU v5e chips.
+Hardware: 8 TPU v5e chips, v5e:2x4.
 Time: see the table in docs/scaling.md.
 Result: 3.9 % on ImageNet, zero-shot, is the best baseline of the paper. Not run here.
 """

@@ -5,7 +5,7 @@
 
 Data: LAION-2B's English pairs, or your own; 34 billion pairs are 207,520 steps of 163,840.
 Plan: python -m clip_jax.planning --config=configs/laion_vit_bigg14.py --topology=v5p:8x8x8
-Hardware: 512 TPU v5p chips.
+Hardware: 512 TPU v5p chips, v5p:8x8x8.
 Time: see the table in docs/scaling.md.
 Result: 80.1 % on ImageNet, zero-shot, is what LAION's weights reach. Half of the patches were left out for most of
 their run, and none at its end. Not run here.

@@ -6,7 +6,7 @@
 Data: OpenAI's 400 million pairs are not public; name your own, at best as many. 32 epochs of 400 million are
 390,625 steps of 32,768.
 Plan: python -m clip_jax.planning --config=configs/openai_vit_b16.py --topology=v5e:16x16
-Hardware: a TPU v5e pod of 256 chips.
+Hardware: a TPU v5e pod of 256 chips, v5e:16x16.
 Time: see the table in docs/scaling.md.
 Result: 68.3 % on ImageNet, zero-shot, is what OpenAI's weights reach on their data. Not run here.
 """

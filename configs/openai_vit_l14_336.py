@@ -6,7 +6,7 @@
 Data: OpenAI's 400 million pairs are not public; name your own, at best as many. One epoch of 400 million is
 12,207 steps of 32,768.
 Plan: python -m clip_jax.planning --config=configs/openai_vit_l14_336.py --topology=v5e:16x16
-Hardware: a TPU v5e pod of 256 chips.
+Hardware: a TPU v5e pod of 256 chips, v5e:16x16.
 Time: see the table in docs/scaling.md.
 Result: 76.6 % on ImageNet, zero-shot, is what OpenAI's weights reach on their data. Not run here.
 

@@ -6,7 +6,7 @@
 Data: WebLI is not public; name your own. The tokenizer.json comes out of a conversion of any SigLIP
 (`convert_weights.py --format=clip_jax`).
 Plan: python -m clip_jax.planning --config=configs/siglip_vit_b16.py --topology=v5e:8x8
-Hardware: 64 TPU v5e chips.
+Hardware: 64 TPU v5e chips, v5e:8x8.
 Time: see the table in docs/scaling.md.
 Result: 76.0 % on ImageNet, zero-shot, is what the released weights reach after 40 billion pairs. Not run here.
 """
