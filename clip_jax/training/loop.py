@@ -56,7 +56,8 @@ def train(config: Config, workdir: Path, *, devices: list[jax.Device] | None = N
             MetricsLog(folder if is_first else None, resumed_at=start) as log,
             Progress(config.total_steps, done=start, quiet=not is_first) as progress,
         ):
-            for line in (*program.described(), f"data: {len(source):,} records of {config.data.train}"):
+            said = (*program.described(), *sharding.summary(program.state.params))
+            for line in (*said, f"data: {len(source):,} records of {config.data.train}"):
                 progress.say(line)
             if start:
                 progress.say(f"resumed at step {start}")
