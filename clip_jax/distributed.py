@@ -105,7 +105,7 @@ def _on_tpu(environ: Mapping[str, str]) -> bool:
 
 
 @contextlib.contextmanager
-def joined(cluster: Cluster, *, gathering: int = GATHERING) -> Iterator[None]:
+def joined(cluster: Cluster) -> Iterator[None]:
     """Makes this process one of the cluster's for a block, in which jax has the devices of all.
 
     When the block is done, or has ended with a UserError (which every process finds), it waits for the others to come
@@ -121,7 +121,7 @@ def joined(cluster: Cluster, *, gathering: int = GATHERING) -> Iterator[None]:
     try:
         jax.distributed.initialize(
             **cluster.arguments,
-            initialization_timeout=gathering,
+            initialization_timeout=GATHERING,
             heartbeat_timeout_seconds=HEARTBEAT,
             shutdown_timeout_seconds=LEAVING,
         )
