@@ -77,7 +77,7 @@ def test_a_tpu_vm_is_one_of_a_pod_unless_jax_is_told_to_stay_off_the_chips(monke
 def test_an_indexed_job_of_kubernetes_needs_its_package_or_the_flags(monkeypatch):
     pod = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "1", "JAX_PLATFORMS": "cuda"}
     monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(UserError, match="pip install kubernetes.*--coordinator"):
+    with pytest.raises(UserError, match=r"pip install kubernetes.*--coordinator"):
         distributed.find(None, None, None, pod)
     monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda _: object())
     assert distributed.find(None, None, None, pod).source == "Kubernetes"
