@@ -1,6 +1,6 @@
 """Trains a CLIP: python train.py --config=configs/quickstart.py --workdir=DIR [--config.optim.learning_rate=1e-3 …]
 
-Run the same command again and it goes on where it was.
+Run the same command again and it goes on where it was. On several hosts, start it on each: see docs/scaling.md.
 """
 
 from pathlib import Path
@@ -8,17 +8,23 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from clip_jax import command
+from clip_jax import command, distributed, supervisor
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "a file in configs/, and --config.FIELD=VALUE to change it")
 WORKDIR = flags.DEFINE_string("workdir", None, "the run's folder: config, metrics, checkpoints")
+COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where JAX does not find it by itself")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "how many processes the run has; goes with --coordinator")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "which of them this is, from 0 on; goes with --coordinator")
 
 
 def main() -> None:
-    from clip_jax.training.loop import train
-
     command.require("config", "workdir")
-    train(command.checked(CONFIG.value), Path(WORKDIR.value))
+    config, workdir = command.checked(CONFIG.value), Path(WORKDIR.value)
+    cluster = distributed.find(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+    with supervisor.watched(cluster, workdir):
+        from clip_jax.training.loop import train  # not before: jax has to join the others first
+
+        train(config, workdir)
 
 
 if __name__ == "__main__":

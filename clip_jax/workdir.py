@@ -49,6 +49,11 @@ class Workdir:
     def evaluation(self, step: int) -> Path:
         return self.path / "eval" / str(step)
 
+    def latest_step(self) -> int | None:
+        """Returns the step of the last checkpoint, by its folder's name, which an unfinished one does not have."""
+        steps = [int(path.name) for path in self.checkpoints.glob("*") if path.name.isdecimal()]
+        return max(steps, default=None)
+
     def config(self) -> Config:
         """Returns the run's config.
 

@@ -1,6 +1,8 @@
 """The mesh, the table of rules, and the way of a batch onto the devices."""
 
+import dataclasses
 import re
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -82,6 +84,65 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused_with_its_sizes(asked):
         sharding.make_mesh(MeshConfig(*asked))
 
 
+@pytest.mark.parametrize(
+    ("asked", "do"),
+    [
+        ((-1, 3, 1), "these do: (8, 1, 1), (4, 2, 1), (2, 4, 1), (1, 8, 1)"),  # they keep the 1
+        ((2, 2, 4), "these do: (2, 2, 2), (2, 1, 4), (1, 2, 4)"),
+        ((16, 1, 1), "this does: (8, 1, 1)"),
+        ((3, 3, 3), "these do: (8, 1, 1), (4, 2, 1), (2, 4, 1), (1, 8, 1), (4, 1, 2), (2, 2, 2), "),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_told_the_shapes_that_do_and_keep_most_of_it(asked, do):
+    with pytest.raises(UserError, match=re.escape(do)) as error:
+        sharding.make_mesh(MeshConfig(*asked))
+    assert str(error.value).count("(") <= 12
+
+
+@pytest.fixture(scope="module")
+def two_slices(module_patch):
+    """Two absent slices of four TPU chips each; the compiler knows them."""
+    pytest.importorskip("libtpu")
+    from jax.experimental import topologies
+
+    for name, value in {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}.items():
+        module_patch.setenv(name, value)
+    module_patch.setenv("TPU_ACCELERATOR_TYPE", "v5litepod-8")
+    return topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2", num_slices=2).devices
+
+
+@pytest.fixture(scope="module")
+def module_patch():
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+@pytest.mark.parametrize("asked", [(-1, 1, 1), (2, 2, 2), (2, 4, 1), (4, 1, 2)])
+def test_between_slices_goes_data_alone(asked, two_slices):
+    mesh = sharding.make_mesh(MeshConfig(*asked), two_slices)
+    assert mesh.axis_names == ("data", "fsdp", "tensor")
+    assert set(mesh.devices.flat) == set(two_slices)
+    for i, replicas in enumerate(mesh.devices):
+        assert {d.slice_index for d in replicas.flat} == {i * 2 // len(mesh.devices)}
+
+
+def test_fsdp_or_tensor_between_slices_is_refused_with_the_shapes_that_do(two_slices):
+    with pytest.raises(
+        UserError, match=r"between the 2 slices, so it must be a multiple of 2; these do: .*\(4, 2, 1\)"
+    ):
+        sharding.make_mesh(MeshConfig(1, 8, 1), two_slices)
+
+
+def test_gpus_of_several_hosts_may_share_any_axis_and_neighbours_share_a_host():
+    devices = [
+        Mock(jax.Device, id=i, slice_index=i // 4, process_index=i // 4, platform="gpu", device_kind="H200")
+        for i in range(8)
+    ]
+    mesh = sharding.make_mesh(MeshConfig(1, 8, 1), devices)
+    assert list(mesh.devices.flat) == devices
+    assert sharding.make_mesh(MeshConfig(2, 4, 1), devices).devices.shape == (2, 4, 1)
+
+
 def test_a_mesh_of_given_devices_has_no_others():
     devices = jax.devices()[4:6]
     assert set(sharding.make_mesh(MeshConfig(), devices).devices.flat) == set(devices)
@@ -154,6 +215,27 @@ def test_parameters_that_the_mesh_cannot_split_are_listed_all():
     assert "token_embedding" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "tensor", "said"),
+    [
+        ("RN50x4", 8, r"cannot split text.num_heads=10; tensor sizes that can: 1, 2, 5, 10"),
+        ("ViT-B/32", 8, r"cannot split image.num_heads=12; tensor sizes that can: 1, 2, 4"),
+        ("ViT-W64/4@16px", 8, r"cannot split image.num_heads=\d, text.num_heads=\d; tensor sizes that can: 1, 2"),
+    ],
+)
+def test_heads_that_tensor_cannot_split_are_named_with_the_sizes_that_can(name, tensor, said):
+    mesh = sharding.make_mesh(MeshConfig(1, 1, tensor))
+    with pytest.raises(UserError, match=rf"mesh.tensor={tensor} splits heads and MLP of both towers, and {said}"):
+        abstract_state(Definition(VARIANTS[name]), optim.optimizer(OptimConfig(), 10_000), mesh)
+
+
+def test_an_mlp_that_tensor_cannot_split_is_named():
+    arch = VARIANTS["ViT-B/32"]
+    odd = dataclasses.replace(arch, image=dataclasses.replace(arch.image, mlp_dim=3070))
+    with pytest.raises(UserError, match=r"cannot split image.mlp_dim=3070; tensor sizes that can: 1, 2$"):
+        sharding.check_tensor(odd, sharding.make_mesh(MeshConfig(1, 2, 4)))
+
+
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 8, 1), (8, 1, 1), (1, 2, 4)])
 def test_every_variant_fits_a_mesh_of_8_whose_tensor_axis_divides_its_heads(sizes):
     mesh = sharding.make_mesh(MeshConfig(*sizes))
@@ -177,3 +259,19 @@ def test_moments_are_placed_as_their_parameters_and_counters_everywhere(clip_nor
     assert state.step.sharding == NamedSharding(mesh, P())
     counters = [x.sharding for x in jax.tree.leaves(state.optimizer) if x.dtype == jnp.int32]
     assert set(counters) == {NamedSharding(mesh, P())}
+
+
+def test_the_summary_says_what_is_split_and_what_each_device_holds():
+    optimizer = optim.optimizer(OptimConfig(), 10_000)
+    params = abstract_state(Definition(VARIANTS["ViT-B/32"]), optimizer, sharding.make_mesh(MeshConfig(2, 2, 2))).params
+    rows = {row.path: row for row in sharding.layout(params)}
+    kernel = rows["image/blocks/attention/qkv/kernel"]
+    assert kernel.shape == (12, 768, 3, 12, 64)
+    assert kernel.bytes == 4 * 12 * 768 * 3 * 768 == 4 * kernel.bytes_per_device
+    assert kernel.spec == P(None, "fsdp", None, "tensor")
+    first, *lines = sharding.summary(params)
+    assert first.startswith("parameters: 151,277,313 in 38 arrays, 605.1 MB, ")
+    assert len(lines) == len(rows) == 38
+    assert lines[3].split() == [kernel.path, "12×768×3×12×64", "·×fsdp×·×tensor", "21.2", "MB"]
+    whole = abstract_state(Definition(VARIANTS["ViT-B/32"]), optimizer, sharding.make_mesh(MeshConfig(8, 1, 1))).params
+    assert sharding.summary(whole) == ["parameters: 151,277,313 in 38 arrays, 605.1 MB, 605.1 MB a device"]

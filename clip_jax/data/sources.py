@@ -8,6 +8,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import filelock
 import numpy as np
 
 from clip_jax.data.embedded import EMBEDDED, register
@@ -115,9 +116,12 @@ def _builder(name: str, data_dir: str | None):
         tfds.disable_progress_bar()
     if name in EMBEDDED:
         register(name)
+        folder = Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
         try:
-            builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
-            builder.download_and_prepare()
+            folder.mkdir(parents=True, exist_ok=True)
+            with filelock.FileLock(folder / f".{name}.lock"):  # of several processes, one makes it
+                builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+                builder.download_and_prepare()
         except OSError as error:
             raise UserError(f"cannot make data set {name!r}: {error}; choose another data_dir") from error
         return builder

@@ -5,9 +5,9 @@ from typing import Any
 
 import jax
 
-from clip_jax import sharding
+from clip_jax import distributed, sharding
 from clip_jax.architecture import Architecture
-from clip_jax.config import Config
+from clip_jax.config import Config, leaves
 from clip_jax.data.pipeline import Order, TrainingPairs, training_batches
 from clip_jax.data.sources import Source, open_source
 from clip_jax.tokenizer import make
@@ -31,16 +31,19 @@ def train(config: Config, workdir: Path, *, devices: list[jax.Device] | None = N
     folder.check(config, arch)
     tokenizer = folder.tokenizer_for(config.model, arch)
     source = open_source(config.data.train, data_dir=config.data.data_dir)
+    distributed.agree(_facts(config, tokenizer, source, folder))
 
     # 2. The folder, and in it the state: new, or as it was left.
-    if not folder.is_claimed():
+    is_first = jax.process_index() == 0  # of the processes: it alone writes, but for checkpoints
+    if is_first and not folder.is_claimed():
         folder.claim(config, arch, tokenizer)
     with Checkpoints(folder.checkpoints, keep=config.keep_checkpoints) as checkpoints:
         start = checkpoints.latest() or 0
         if start:
             check_position(checkpoints.position(start), _position(config, source, start))
             state = checkpoints.restore(start, program.state)
-            folder.claim(config, arch)  # with what may change: the mesh, cadences
+            if is_first:
+                folder.claim(config, arch)  # with what may change: the mesh, cadences
         else:
             state = program.initial_state()
 
@@ -49,8 +52,12 @@ def train(config: Config, workdir: Path, *, devices: list[jax.Device] | None = N
 
         # 4. Step by step. Metrics are read only when they are logged: the device is never waited for in between.
         clock = StepClock(config.data.global_batch)
-        with MetricsLog(folder, resumed_at=start) as log, Progress(config.total_steps, done=start) as progress:
-            for line in (*program.described(), f"data: {len(source):,} records of {config.data.train}"):
+        with (
+            MetricsLog(folder if is_first else None, resumed_at=start) as log,
+            Progress(config.total_steps, done=start, quiet=not is_first) as progress,
+        ):
+            said = (*program.described(), *sharding.summary(program.state.params))
+            for line in (*said, f"data: {len(source):,} records of {config.data.train}"):
                 progress.say(line)
             if start:
                 progress.say(f"resumed at step {start}")
@@ -72,6 +79,20 @@ def train(config: Config, workdir: Path, *, devices: list[jax.Device] | None = N
 def every(n: int, step: int, last: int) -> bool:
     """Returns whether something that happens every `n` steps, and at the last one, happens now."""
     return step % n == 0 or step == last
+
+
+# What each process may be told in its own way: where its host keeps the data, and how it reads them.
+_OF_THE_HOST = ("data.data_dir", "data.num_threads", "data.num_workers", "model.tokenizer")
+
+
+def _facts(config: Config, tokenizer: str | None, source: Source, folder: Workdir) -> dict[str, Any]:
+    """Returns what has to be the same in all processes of a run."""
+    return {
+        "the config": {path: value for path, _, value in leaves(config) if path not in _OF_THE_HOST},
+        "the tokenizer": tokenizer,
+        "the data": source.fingerprint(),
+        "the last checkpoint": folder.latest_step(),
+    }
 
 
 def _position(config: Config, source: Source, step: int) -> dict[str, Any]:

@@ -19,15 +19,20 @@ QUIET_SECONDS = 10  # between two lines where there is no terminal to draw a bar
 
 
 class MetricsLog:
-    """Appends one JSON object a logged step, and the same scalars for TensorBoard."""
+    """Appends one JSON object a logged step, and the same scalars for TensorBoard; nothing without a workdir."""
 
-    def __init__(self, workdir: Workdir, *, resumed_at: int):
+    def __init__(self, workdir: Workdir | None, *, resumed_at: int):
+        self._writes = workdir is not None
+        if workdir is None:
+            return
         _keep_until(workdir.metrics_file, resumed_at)
         self._file = workdir.metrics_file.open("a", encoding="utf-8")
         self._board = _tensorboard().SummaryWriter(str(workdir.tensorboard), purge_step=resumed_at + 1)
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         """Writes one line, at once: a killed run keeps what it logged."""
+        if not self._writes:
+            return
         self._file.write(json.dumps({"step": step, **scalars}) + "\n")
         self._file.flush()
         for name, value in scalars.items():
@@ -37,8 +42,9 @@ class MetricsLog:
         return self
 
     def __exit__(self, *error) -> None:
-        self._file.close()
-        self._board.close()
+        if self._writes:
+            self._file.close()
+            self._board.close()
 
 
 def _tensorboard() -> ModuleType:
@@ -97,8 +103,10 @@ class StepClock:
 class Progress:
     """A bar with the rate, the loss and the time left; now and then a line where there is no terminal."""
 
-    def __init__(self, total_steps: int, *, done: int, console: rich.console.Console | None = None):
-        self._console = console or rich.console.Console(stderr=True)
+    def __init__(
+        self, total_steps: int, *, done: int, quiet: bool = False, console: rich.console.Console | None = None
+    ):
+        self._console = console or rich.console.Console(stderr=True, quiet=quiet)
         self._bar = rich.progress.Progress(
             rich.progress.TextColumn("step"),
             rich.progress.MofNCompleteColumn(),
@@ -108,7 +116,7 @@ class Progress:
             rich.progress.TextColumn("left"),
             rich.progress.TimeRemainingColumn(),
             console=self._console,
-            disable=not self._console.is_terminal,
+            disable=quiet or not self._console.is_terminal,
         )
         self._task = self._bar.add_task("", total=total_steps, completed=done, said="compiling")
         self._total_steps = total_steps

@@ -35,6 +35,7 @@ def abstract_state(definition: Definition, optimizer: optax.GradientTransformati
         UserError: the mesh cannot split some parameter.
     """
     params, statistics = definition.shapes()
+    sharding.check_tensor(definition.architecture, mesh)
     specs = sharding.parameter_specs(params)
     sharding.check_divisible(params, specs, mesh)
     moments = jax.eval_shape(optimizer.init, params)

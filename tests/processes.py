@@ -1,0 +1,44 @@
+"""Processes of one run, started on this machine."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PATIENCE = 400  # seconds for what takes half a minute on a quiet machine
+
+
+def free_port() -> int:
+    """Returns a port that nobody listened on a moment ago."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def start(arguments: list[str], **environment: str) -> subprocess.Popen:
+    """Starts Python with the arguments, in the repository's root."""
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)} | environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(processes: list[subprocess.Popen], given: str = "") -> list[tuple[int, str, str]]:
+    """Returns (exit code, output, errors) of each process."""
+    try:
+        for process in processes:  # each reads it as soon as it can: none waits for another's turn
+            process.stdin.write(given)
+            process.stdin.close()
+            process.stdin = None
+        said = [process.communicate(timeout=PATIENCE) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, *words) for process, words in zip(processes, said, strict=True)]

@@ -1,0 +1,122 @@
+"""A run of two processes: one folder, and no process outlives another by a minute."""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from processes import PATIENCE, finish, free_port, start
+
+from clip_jax.training.metrics import read_metrics
+
+STEPS, EVERY = 60, 20
+
+
+def run(workdir: Path, data_dir: Path, *own: list[str]) -> list[subprocess.Popen]:
+    """Starts `train.py` twice, on two devices each, as a user would; `own` are arguments of one process alone."""
+    fields = {
+        "total_steps": STEPS,
+        "log_every": 1,
+        "checkpoint_every": EVERY,
+        "optim.warmup_steps": 2,
+        "data.global_batch": 16,
+        "data.data_dir": data_dir,
+        "mesh.fsdp": 2,
+    }
+    same = ["train.py", "--config=configs/quickstart.py", f"--workdir={workdir}", "--num_processes=2"]
+    same += [f"--config.{name}={value}" for name, value in fields.items()] + [f"--coordinator=127.0.0.1:{free_port()}"]
+    own = own or ([], [])
+    return [start([*same, f"--process_id={i}", *own[i]], JAX_NUM_CPU_DEVICES="2") for i in range(2)]
+
+
+def losses(workdir: Path) -> list[tuple[int, float]]:
+    return [(line["step"], line["loss"]) for line in read_metrics(workdir / "metrics.jsonl")]
+
+
+def wait_until_between_checkpoints(workdir: Path, processes: list[subprocess.Popen]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    metrics = workdir / "metrics.jsonl"
+    while not (
+        metrics.exists()
+        and metrics.read_text().count("\n") >= EVERY + 4
+        and (workdir / "checkpoints" / str(EVERY)).exists()
+    ):
+        assert time.monotonic() < deadline, "the run did not get far enough"
+        assert all(process.poll() is None for process in processes), finish(processes)
+        time.sleep(0.002)
+
+
+def worker_of(process: subprocess.Popen) -> int:
+    """Returns the id of the process that does the work."""
+    return int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[0])
+
+
+@pytest.fixture(scope="module")
+def whole(data_dir, tmp_path_factory) -> Path:
+    """The folder of a run that nothing happened to."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    (_, _, said), (_, _, silent) = ends = finish(run(workdir, data_dir))
+    assert [code for code, *_ in ends] == [0, 0], ends
+    assert "mesh data × fsdp × tensor = 2 × 2 × 1" in said
+    assert "fsdp" in said.partition("parameters: ")[2], "how parameters are split"
+    assert "mesh" not in silent
+    assert "parameters" not in silent
+    return workdir
+
+
+@pytest.mark.parametrize(
+    ("victim", "number"),
+    [
+        (0, signal.SIGKILL),  # the coordinator
+        pytest.param(1, signal.SIGKILL, marks=pytest.mark.full),
+        pytest.param(1, signal.SIGSTOP, marks=pytest.mark.full),  # as one that cannot be reached any more
+    ],
+)
+def test_a_process_that_dies_ends_the_other_with_words_and_the_run_goes_on_from_its_checkpoint(
+    victim, number, whole, data_dir, tmp_path
+):
+    processes = run(tmp_path, data_dir)
+    wait_until_between_checkpoints(tmp_path, processes)
+    worker = worker_of(processes[victim])
+    os.kill(worker, number)
+    asked = time.monotonic()
+    other = processes[1 - victim]
+    ((code, _, said),) = finish([other])
+    seconds = time.monotonic() - asked
+    print(f"{signal.Signals(number).name} of process {victim}: the other ended after {seconds:.1f} s")
+    processes[victim].kill()  # and with it the one that was stopped
+    finish([processes[victim]])
+    assert seconds < 60
+    assert code == 1
+    assert "because another process of the run died or could not be reached" in said
+    assert f"The last checkpoint is {tmp_path}/checkpoints/" in said
+    assert "start all processes again with the same command, and the run goes on from there" in said
+    assert len(losses(tmp_path)) < STEPS, "killed too late to show anything"
+
+    ends = finish(run(tmp_path, data_dir))
+    assert [code for code, *_ in ends] == [0, 0], ends
+    assert "resumed at step" in ends[0][2]
+    assert losses(tmp_path) == losses(whole)
+    assert [step for step, _ in losses(tmp_path)] == list(range(1, STEPS + 1))
+
+
+def test_processes_with_other_configs_are_all_refused_and_nothing_is_written(data_dir, tmp_path):
+    ends = finish(run(tmp_path / "run", data_dir, [], ["--config.seed=1"]))
+    for code, _, said in ends:
+        assert code == 2, said
+        assert "do not agree on the config (process 0 and 1)" in said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.full
+def test_a_mistake_of_one_process_alone_ends_the_other_within_a_minute(data_dir, tmp_path):
+    mistaken, other = run(tmp_path, data_dir, [], ["--config.data.train=tfds:no_such_set"])[::-1]
+    ((code, _, said),) = finish([mistaken])
+    assert code == 2, said
+    asked = time.monotonic()
+    ((code, _, said),) = finish([other])
+    assert time.monotonic() - asked < 60
+    assert code in (1, 2), said
+    assert "another process of the run died or could not be reached" in said
