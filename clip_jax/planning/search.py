@@ -1,0 +1,136 @@
+"""What to change when a run does not fit, and the largest batch that does: as few compilations as possible.
+
+Everything here goes by a function that makes a plan of a config. A compilation takes minutes, so the next batch is
+never guessed blindly: memory grows with the batch nearly as a straight line, and a refusal says by how much, too.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from clip_jax.config import Config
+from clip_jax.planning.plan import Plan, changed
+
+Planner = Callable[[Config], Plan]
+CLOSE = 1 / 32  # the search ends when a batch so little larger is known not to fit
+TRUSTED = 5  # plans; when the straight line has not found the answer by then, intervals are halved
+
+
+@dataclasses.dataclass(frozen=True)
+class Remedy:
+    """Fields to change, and what came of it."""
+
+    changes: dict[str, Any]  # dotted path → value
+    plan: Plan
+
+    def flags(self) -> str:
+        """Returns the changes as they are written on a command line."""
+        return " ".join(f"--config.{path}={value}" for path, value in self.changes.items())
+
+
+def remedies(config: Config, plan: Plan, make: Planner) -> Iterator[Remedy]:
+    """Yields what was tried, each with what was tried before it; the last one fits, or nothing more can be done.
+
+    In the order of what they cost: to compute activations again is a third more work at most; to split parameters and
+    optimiser over all chips is traffic; a microbatch is another forward pass. What plainly cannot be enough, because
+    parameters and optimiser alone are too large, is not compiled by itself.
+    """
+    changes: dict[str, Any] = {}
+    for change in _changes(config, plan):
+        changes |= change
+        if _hopeless(plan, changes):
+            continue
+        remedy = Remedy(dict(changes), make(with_changes(config, changes)))
+        yield remedy
+        if remedy.plan.fits:
+            return
+    last = plan if not changes else remedy.plan
+    for microbatch in microbatches(last):
+        changes |= {"microbatch": microbatch}
+        remedy = Remedy(dict(changes), make(with_changes(config, changes)))
+        yield remedy
+        if remedy.plan.fits:
+            return
+
+
+def with_changes(config: Config, changes: dict[str, Any]) -> Config:
+    return changed(config, **{path.replace(".", "__"): value for path, value in changes.items()})
+
+
+def _changes(config: Config, plan: Plan) -> Iterator[dict[str, Any]]:
+    if config.model.remat != "full":
+        yield {"model.remat": "full"}
+    if plan.mesh["data"] > 1:
+        yield {"mesh.data": 1, "mesh.fsdp": -1}
+
+
+def _hopeless(plan: Plan, changes: dict[str, Any]) -> bool:
+    """Returns whether what stays on every chip leaves no room: parameters, their gradients, the optimiser."""
+    kept = 2 * plan.memory.parameters + plan.memory.optimizer
+    return "mesh.fsdp" not in changes and plan.mesh["data"] > 1 and kept > plan.memory.limit
+
+
+def microbatches(plan: Plan) -> Iterator[int]:
+    """Yields smaller microbatches: the first by how much the activations have to shrink, then halves."""
+    memory, ways = plan.memory, plan.global_batch // plan.rows
+    room = memory.limit - (memory.used - memory.temporaries)
+    rows = plan.rows if plan.microbatch is None else plan.microbatch // ways
+    if room <= 0:
+        return  # parameters and optimiser alone are too large
+    wanted = rows * min(room / max(memory.temporaries, 1), 0.5)
+    while wanted >= 1:
+        fitting = max(n for n in range(1, math.floor(wanted) + 1) if plan.rows % n == 0)
+        yield fitting * ways
+        wanted = fitting / 2
+
+
+def find_batch(config: Config, first: Plan, make: Planner) -> Iterator[Plan]:
+    """Yields the plans made on the way to the largest batch that fits, `first` included; `largest` picks it out."""
+    ways = first.mesh["data"] * first.mesh["fsdp"]
+    unit = config.microbatch // ways if config.microbatch else (8 if first.rows >= 8 else 1)
+    yield first
+    tried = {first.rows: first}
+    while (rows := next_rows(tried, unit)) is not None:
+        plan = make(changed(config, data__global_batch=rows * ways))
+        tried[rows] = plan
+        yield plan
+
+
+def largest(plans: list[Plan]) -> Plan | None:
+    """Returns the plan with the most pairs of those that fit."""
+    return max((plan for plan in plans if plan.fits), key=lambda plan: plan.global_batch, default=None)
+
+
+def next_rows(tried: dict[int, Plan], unit: int) -> int | None:
+    """Returns which number of pairs a chip to try next, a multiple of `unit`; None when the answer is known."""
+    fitting = max((rows for rows, plan in tried.items() if plan.fits), default=0)
+    refused = min((rows for rows, plan in tried.items() if not plan.fits), default=None)
+    if refused is None:
+        guess = min(expected(tried), 8 * fitting)  # one plan's straight line is not to be trusted further
+        return max(_whole(guess, unit), fitting + unit)
+    if refused - fitting <= max(unit, refused * CLOSE):
+        return None
+    guess = _whole(expected(tried) if len(tried) < TRUSTED else (fitting + refused) / 2, unit)
+    return min(max(guess, _whole(fitting, unit) + unit), _whole(refused - 1, unit)) or None
+
+
+def _whole(rows: float, unit: int) -> int:
+    return int(rows // unit * unit)
+
+
+def expected(tried: dict[int, Plan]) -> float:
+    """Returns the number of pairs a chip that would just fit, if memory grew along a line.
+
+    The line goes through the two plans nearest to the limit; of one alone it begins at parameters and optimiser.
+    """
+    nearest = sorted(tried.items(), key=lambda item: abs(item[1].memory.spare))[:2]
+    memory = nearest[0][1].memory
+    points = [(rows, plan.memory.used) for rows, plan in nearest]
+    if len(points) == 1:
+        points.append((0, memory.parameters + memory.optimizer))
+    (rows, used), (other, less) = points
+    slope = (used - less) / (rows - other)
+    if slope <= 0:
+        return 2 * max(rows, other)
+    return rows + (memory.limit - used) / slope
