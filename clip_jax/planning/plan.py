@@ -2,24 +2,17 @@
 
 import dataclasses
 import math
-import re
 import time
 from typing import Any
 
 import jax
 
 from clip_jax.config import Config, build
-from clip_jax.planning import flops, hlo
+from clip_jax.planning import compiler, flops
+from clip_jax.planning.compiler import TooLargeError
 from clip_jax.planning.hlo import Collective
-from clip_jax.planning.topology import GiB, Topology, devices
+from clip_jax.planning.topology import Topology, devices
 from clip_jax.training.program import Program, assemble
-
-# How the compiler says that a program is too large, in two generations of its words.
-_REFUSALS = (
-    re.compile(r"total memory required[^(]*\((?P<used>[\d.]+\w?)\) exceeds available HBM \((?P<limit>[\d.]+\w?)\)"),
-    re.compile(r"Used (?P<used>[\d.]+\w?) of (?P<limit>[\d.]+\w?) hbm"),
-)
-_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": GiB, "T": 2**40}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,14 +98,12 @@ def make_plan(config: Config, topology: Topology) -> Plan:
     program = assemble(config, devices(topology))
     begun = time.monotonic()
     try:
-        compiled = program.train_step.lower(program.state, program.batch).compile()
-    except jax.errors.JaxRuntimeError as error:
-        compiled, (used, limit) = None, too_large(error)
-    else:
-        used, limit = used_by(compiled), topology.generation.memory
+        compiled = compiler.compiled(program.train_step.lower(program.state, program.batch))
+        used, limit = compiled.used, topology.generation.memory
+    except TooLargeError as refusal:
+        compiled, used, limit = None, refusal.used, refusal.limit
     seconds = time.monotonic() - begun
-    text = hlo.Program.of_text(compiled.as_text()) if compiled else None
-    collectives = text.collectives() if text else []
+    collectives = compiled.text.collectives() if compiled else []
     return Plan(
         variant=config.model.variant,
         topology=topology.name,
@@ -124,7 +115,7 @@ def make_plan(config: Config, topology: Topology) -> Plan:
         remat=config.model.remat,
         loss=_loss(program),
         memory=_memory(program, used, limit),
-        step=_step(program, topology, text.cycles(), collectives) if text else None,
+        step=_step(program, topology, compiled.text.cycles(), collectives) if compiled else None,
         collectives=collectives,
         compile_seconds=seconds,
     )
@@ -133,31 +124,6 @@ def make_plan(config: Config, topology: Topology) -> Plan:
 def _loss(program: Program) -> str:
     kind = "sigmoid" if program.architecture.logit_bias else "softmax"
     return f"{kind}, dense" if program.ring is None else f"{kind}, ring, tiles of {program.ring.tile}"
-
-
-def too_large(error: jax.errors.JaxRuntimeError) -> tuple[int, int]:
-    """Returns (bytes asked for, bytes there are) of the compiler's refusal; raises the error again if it is another."""
-    for words in _REFUSALS:
-        if said := words.search(str(error)):
-            return _bytes(said["used"]), _bytes(said["limit"])
-    raise error
-
-
-def _bytes(written: str) -> int:
-    number, unit = re.fullmatch(r"([\d.]+)(\w?)", written).groups()
-    return int(float(number) * _UNITS[unit])
-
-
-def used_by(compiled: Any) -> int:
-    """Returns the bytes that a program holds on each device at once; what it gives back in place counts once."""
-    sizes = compiled.memory_analysis()
-    return (
-        sizes.argument_size_in_bytes
-        + sizes.output_size_in_bytes
-        - sizes.alias_size_in_bytes
-        + sizes.temp_size_in_bytes
-        + sizes.generated_code_size_in_bytes
-    )
 
 
 def on_a_chip(tree: Any) -> int:

@@ -13,7 +13,7 @@ from clip_jax.planning.topology import GENERATIONS, GiB
 ESTIMATE = "the compiler's estimate, not a measurement"
 
 
-def size(count: float) -> str:
+def size(count: int | float) -> str:
     """Returns bytes as people say them, in units of 1024 as TPU memory is sold."""
     for unit in ("B", "KiB", "MiB"):
         if abs(count) < 1024:
@@ -22,7 +22,7 @@ def size(count: float) -> str:
     return f"{count:.2f} GiB"
 
 
-def duration(seconds: float) -> str:
+def duration(seconds: int | float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
 
 

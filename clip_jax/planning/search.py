@@ -115,11 +115,11 @@ def next_rows(tried: dict[int, Plan], unit: int) -> int | None:
     return min(max(guess, _whole(fitting, unit) + unit), _whole(refused - 1, unit)) or None
 
 
-def _whole(rows: float, unit: int) -> int:
+def _whole(rows: int | float, unit: int) -> int:
     return int(rows // unit * unit)
 
 
-def expected(tried: dict[int, Plan]) -> float:
+def expected(tried: dict[int, Plan]) -> int | float:
     """Returns the number of pairs a chip that would just fit, if memory grew along a line.
 
     The line goes through the two plans nearest to the limit; of one alone it begins at parameters and optimiser.

@@ -11,7 +11,7 @@ import os
 import re
 from typing import Any
 
-from clip_jax.errors import UserError, nearest
+from clip_jax.errors import UserError
 
 GiB = 2**30
 
@@ -122,10 +122,10 @@ def parse(name: str) -> Topology:
     Raises:
         UserError: there is no such slice; says which there are.
     """
-    made = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
+    made = re.fullmatch(r"(\w+):([0-9]+(?:x[0-9]+)*)", name)
     word = made[1] if made else name.partition(":")[0]
     if word not in GENERATIONS:
-        raise UserError(f"--topology={name}: no generation {word!r}{nearest(word, GENERATIONS)}; e.g. v5e:16x16")
+        raise UserError(f"--topology={name}: no TPU {word!r}; there are {', '.join(GENERATIONS)}, as in v5e:16x16")
     generation = GENERATIONS[word]
     sides = tuple(map(int, made[2].split("x"))) if made else ()
     if sides not in generation.slices:
@@ -137,12 +137,25 @@ def parse(name: str) -> Topology:
     return Topology(generation, sides)
 
 
+def of_size(generation: Generation, chips: int) -> Topology:
+    """Returns the slice of so many chips, the one nearest to a square or a cube where there are several.
+
+    Raises:
+        UserError: there is none of that size.
+    """
+    fitting = [Topology(generation, sides) for sides in generation.slices if math.prod(sides) == chips]
+    if not fitting:
+        sizes = sorted({math.prod(sides) for sides in generation.slices})
+        raise UserError(f"{generation.chip} has no slice of {chips} chips; there are: {', '.join(map(str, sizes))}")
+    return min(fitting, key=lambda topology: sum(topology.sides))
+
+
 def prepare_environment() -> None:
     """Tells libtpu and jax, which must not be running yet, that no TPU is here."""
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
-            'libtpu, which has the compiler, is not installed: pip install "clip-nnx[planning]", or pip install libtpu; '
-            "it is for Linux on x86-64 only"
+            "libtpu, which has the compiler, is not installed (there is one for Linux on x86-64 only): "
+            'pip install "clip-nnx[planning]", or pip install libtpu'
         )
     for name, value in ENVIRONMENT.items():
         os.environ[name] = value
