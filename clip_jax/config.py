@@ -16,7 +16,8 @@ from typing import Any
 from clip_jax.errors import UserError, nearest
 
 COMPUTE_DTYPES = ("float32", "bfloat16")
-REMAT_POLICIES = ("none", "full", "dots")
+REMAT_POLICIES = ("none", "full", "dots", "attention")
+ATTENTION = ("auto", "xla", "cudnn")
 LOSS_FORMS = ("auto", "dense", "ring")
 
 
@@ -52,12 +53,16 @@ class ModelConfig(Checked):
     context_length: int | None = None  # None: the variant's own
     tokenizer: str | None = None  # a tokenizer.json, for a variant whose tokenizer is in a file; the run keeps a copy
     compute_dtype: str = "float32"  # parameters are float32 whatever this says
-    remat: str = "none"  # what the backward pass computes again: nothing (none), all but products (dots), all (full)
+    # What the backward pass computes again: nothing (none), all but products (dots), all but attention's results
+    # (attention), all (full).
+    remat: str = "none"
+    attention: str = "auto"  # whose kernels compute it; auto: cuDNN's on a GPU where they accept, XLA's elsewhere
     patch_dropout: float = 0.0  # share of an image's patches that a ViT does not see in training (arXiv 2212.00794)
     logit_bias: bool | None = None  # trained by the sigmoid loss with a bias, not by softmax; None: as the variant was
 
     def check(self) -> None:
-        for name, known in (("compute_dtype", COMPUTE_DTYPES), ("remat", REMAT_POLICIES)):
+        words = (("compute_dtype", COMPUTE_DTYPES), ("remat", REMAT_POLICIES), ("attention", ATTENTION))
+        for name, known in words:
             _require_one_of(f"model.{name}", getattr(self, name), known)
         _require(0 <= self.patch_dropout < 1, f"model.patch_dropout={self.patch_dropout} must be in [0, 1)")
 
@@ -174,6 +179,7 @@ FREE_ON_RESUME = (
     "data.num_threads",
     "data.num_workers",
     "model.remat",
+    "model.attention",
     "model.tokenizer",  # what is in it may not
 )
 

@@ -94,13 +94,18 @@ class CLIP(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Definition:
-    """A CLIP without its weights, which travel apart as plain nested dicts: cheap to pass through `jax.jit`."""
+    """A CLIP without its weights, which travel apart as plain nested dicts: cheap to pass through `jax.jit`.
+
+    What follows the architecture says how it is computed: `Compute` has the meanings.
+    """
 
     architecture: Architecture
     dtype: str = "float32"
     remat: str = "none"
+    attention: str = "xla"
     patch_dropout: float = 0.0
     unroll: bool = False
+    rows: jax.sharding.NamedSharding | None = None
 
     def init(self, key: jax.Array) -> Weights:
         """Returns weights as OpenAI initialises them."""
@@ -117,7 +122,8 @@ class Definition:
         return nnx.merge(graph, weights.params, weights.statistics)
 
     def _build(self, key: jax.Array) -> CLIP:
-        return CLIP(self.architecture, Compute(self.dtype, self.remat, self.patch_dropout, self.unroll), key=key)
+        compute = Compute(self.dtype, self.remat, self.attention, self.patch_dropout, self.unroll, self.rows)
+        return CLIP(self.architecture, compute, key=key)
 
 
 def l2_normalise(x_BE: Float[Array, "B E"]) -> Float[jax.Array, "B E"]:

@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
+from clip_jax.models.attention import KEPT, attend, attend_by_cudnn
 from clip_jax.typing import Float, Int
 
 Array = jax.Array | np.ndarray
@@ -52,9 +54,9 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x: Float[jax.Array, "... D"]) -> Float[jax.Array, "... D"]:
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        centred = wide - wide.mean(-1, keepdims=True)
+        centred = wide - checkpoint_name(wide.mean(-1, keepdims=True), KEPT)
         variance = jnp.square(centred).mean(-1, keepdims=True)
-        normalised = centred * jax.lax.rsqrt(variance + self.eps)
+        normalised = centred * checkpoint_name(jax.lax.rsqrt(variance + self.eps), KEPT)
         return (normalised * self.scale[...] + self.bias[...]).astype(x.dtype)
 
 
@@ -82,31 +84,44 @@ def project(
 
 
 class Attention(nnx.Module):
-    """Multi-head self-attention, causal or not; queries, keys and values come from one product (T counts the three).
+    """Multi-head self-attention, causal or not, of a sequence that may come in pieces (T: queries, keys and values)."""
 
-    Scores are computed head by head: on CPU and TPU the products of matrices that lie whole in memory are the faster.
-    """
-
-    def __init__(self, *, qkv: Linear, out: Linear, causal: bool):
+    def __init__(self, *, qkv: Linear, out: Linear, causal: bool, implementation: str = "xla"):
         self.qkv = qkv  # kernel [D, T, N, K]
         self.out = out  # kernel [N, K, D]
         self.causal = causal
+        self.implementation = implementation  # a word of IMPLEMENTATIONS
 
     def __call__(
-        self, x_BMD: Float[jax.Array, "B M D"], at_B: Int[jax.Array, " B"] | None = None
-    ) -> Float[jax.Array, "B L D"]:
+        self, pieces: tuple[Float[jax.Array, "B _ D"], ...], at_B: Int[jax.Array, " B"] | None = None
+    ) -> tuple[Float[jax.Array, "B _ D"], ...]:
         """Returns what all positions, or one of each row, gather from all that they see."""
-        q_BNLK, k_BNMK, v_BNMK = jnp.unstack(self.qkv(x_BMD).transpose(2, 0, 3, 1, 4))
-        seen_LM = jnp.tri(x_BMD.shape[1], dtype=bool) if self.causal else None
+        assert len(pieces) == 1 or (not self.causal and at_B is None), "whose positions count is whole"
+        queries, keys, values = zip(*map(self._heads, pieces), strict=True)
+        if self.implementation == "cudnn" and at_B is None and len(pieces) == 1:
+            result_BNLK = attend_by_cudnn(queries[0], keys[0], values[0], causal=self.causal)
+            return (self.out(result_BNLK.swapaxes(1, 2)),)
+        length = pieces[0].shape[1]
+        seen_LM = jnp.tri(length, dtype=bool) if self.causal else None
         if at_B is not None:
-            q_BNLK = jnp.take_along_axis(q_BNLK, at_B[:, None, None, None], axis=2)
+            queries = (jnp.take_along_axis(queries[0], at_B[:, None, None, None], axis=2),)
             seen_LM = seen_LM if seen_LM is None else seen_LM[at_B][:, None, None]
-        scores_BNLM = jnp.einsum("BNLK,BNMK->BNLM", q_BNLK * q_BNLK.shape[-1] ** -0.5, k_BNMK)
-        scores_BNLM = scores_BNLM.astype(jnp.promote_types(scores_BNLM.dtype, jnp.float32))
-        if seen_LM is not None:
-            scores_BNLM = jnp.where(seen_LM, scores_BNLM, -jnp.inf)
-        weights_BNLM = jax.nn.softmax(scores_BNLM).astype(x_BMD.dtype)
-        return self.out(jnp.einsum("BNLM,BNMK->BLNK", weights_BNLM, v_BNMK))
+        return tuple(self.out(x_BNLK.swapaxes(1, 2)) for x_BNLK in attend(queries, keys, values, seen_LM))
+
+    def _heads(self, x_BLD: Float[jax.Array, "B L D"]) -> tuple[Float[jax.Array, "B N L K"], ...]:
+        """Returns queries, scaled, and keys and values, heads before positions as attention wants them.
+
+        What comes out of one product is copied apart, and for three products the kernel is: that pays for many rows.
+        """
+        batch, length, width = x_BLD.shape
+        if batch * length < 4 * width:
+            q_BNLK, k_BNLK, v_BNLK = self.qkv(x_BLD).transpose(2, 0, 3, 1, 4)
+        else:
+            kernel, bias = self.qkv.kernel[...].astype(x_BLD.dtype), self.qkv.bias[...].astype(x_BLD.dtype)
+            q_BNLK, k_BNLK, v_BNLK = (
+                jnp.einsum("BLD,DNK->BNLK", x_BLD, kernel[:, t]) + bias[t][:, None] for t in range(3)
+            )
+        return q_BNLK * q_BNLK.shape[-1] ** -0.5, k_BNLK, v_BNLK
 
 
 class MLP(nnx.Module):

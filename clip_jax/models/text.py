@@ -30,7 +30,7 @@ class TextTransformer(nnx.Module):
         tokens, positions, blocks, projection = jax.random.split(key, 4)
         self.token_embedding = normal(tokens, (tower.vocab_size, width), 0.02)
         self.positional_embedding = normal(positions, (tower.context_length, width), 0.01)
-        self.blocks = transformer.stack(lambda k: transformer.text_block(k, tower), blocks, tower.depth)
+        self.blocks = transformer.stack(lambda k: transformer.text_block(k, tower, compute), blocks, tower.depth)
         self.post_norm = LayerNorm(width, eps=tower.eps)
         self.projection = normal(projection, (width, embed_dim), width**-0.5) if tower.projection else None
         self.projection_bias = zeros((embed_dim,)) if tower.projection_bias else None
@@ -43,13 +43,16 @@ class TextTransformer(nnx.Module):
         Behind a causal mask nothing after the pooled position can be seen: a batch may then be cut to its longest
         caption, and the result is the same.
         """
-        x_BD = transformer.run(self.blocks, self._embed(tokens_BL), self.compute, pooled_at(self.tower, tokens_BL))
-        return project(self.post_norm(x_BD), self.projection, self.projection_bias)
+        at_B = pooled_at(self.tower, tokens_BL)
+        (x_B1D,) = transformer.run(self.blocks, (self._embed(tokens_BL),), self.compute, at_B)
+        return project(self.post_norm(x_B1D[:, 0]), self.projection, self.projection_bias)
 
     def states(self, tokens_BL: Int[jax.Array, "B L"]) -> Float[jax.Array, "depth B L D"]:
         """Returns what comes out of every block, before the last layer norm."""
         return transformer.states(self.blocks, self._embed(tokens_BL))
 
     def _embed(self, tokens_BL: Int[jax.Array, "B L"]) -> Float[jax.Array, "B L D"]:
-        x_BLD = self.token_embedding[...][tokens_BL].astype(self.compute.dtype)  # so that gradients add up in float32
+        table_VD = transformer.everywhere(self.token_embedding[...], self.compute)
+        x_BLD = table_VD[tokens_BL].astype(self.compute.dtype)  # so that gradients add up in float32
+        x_BLD = transformer.stay(x_BLD, self.compute)
         return x_BLD + self.positional_embedding[...].astype(self.compute.dtype)[: tokens_BL.shape[1]]

@@ -5,8 +5,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from clip_jax.architecture import TextTower, ViTTower
+from clip_jax.models.attention import KEPT
 from clip_jax.models.layers import MLP, Attention, LayerNorm, Linear, normal, uniform, zeros
 from clip_jax.typing import Float, Int
 
@@ -14,8 +16,10 @@ from clip_jax.typing import Float, Int
 REMAT = {
     "none": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names(KEPT),  # its results, and what norms divide by
     "full": jax.checkpoint_policies.nothing_saveable,
 }
+Pieces = tuple[Float[jax.Array, "B _ D"], ...]  # what a sequence is cut into; together they are the whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,12 +28,14 @@ class Compute:
 
     dtype: str = "float32"  # of activations and products
     remat: str = "none"  # a word of REMAT
+    attention: str = "xla"  # whose kernels compute it: a word of IMPLEMENTATIONS
     patch_dropout: float = 0.0  # share of an image's patches that are left out in training
     unroll: bool = False  # blocks are compiled one by one, not scanned: for inference on a CPU
+    rows: NamedSharding | None = None  # where a batch's rows are to stay between blocks; None: the compiler's choice
 
 
 class Block(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)), of a sequence that may come in pieces."""
 
     def __init__(self, width: int, *, eps: float, attention: Attention, mlp: MLP):
         self.attention_norm = LayerNorm(width, eps=eps)
@@ -37,16 +43,16 @@ class Block(nnx.Module):
         self.mlp_norm = LayerNorm(width, eps=eps)
         self.mlp = mlp
 
-    def __call__(
-        self, x_BLD: Float[jax.Array, "B L D"], at_B: Int[jax.Array, " B"] | None = None
-    ) -> Float[jax.Array, "B _ D"]:
+    def __call__(self, pieces: Pieces, at_B: Int[jax.Array, " B"] | None = None) -> Pieces:
         """Returns the states of all positions, or of one position a row."""
-        mixed = self.attention(self.attention_norm(x_BLD), at_B)
-        x = mixed + (x_BLD if at_B is None else take(x_BLD, at_B))
-        return x + self.mlp(self.mlp_norm(x))
+        mixed = self.attention(tuple(self.attention_norm(x) for x in pieces), at_B)
+        if at_B is not None:
+            pieces = tuple(take(x, at_B) for x in pieces)
+        pieces = tuple(x + more for x, more in zip(pieces, mixed, strict=True))
+        return tuple(x + self.mlp(self.mlp_norm(x)) for x in pieces)
 
 
-def image_block(key: jax.Array, tower: ViTTower) -> Block:
+def image_block(key: jax.Array, tower: ViTTower, compute: Compute) -> Block:
     """Returns a block initialised by PyTorch's defaults, which is what OpenAI's image Transformer starts from."""
     width, mlp_dim, heads = tower.width, tower.mlp_dim, (tower.num_heads, tower.width // tower.num_heads)
     qkv, up, up_bias, out, down, down_bias = jax.random.split(key, 6)
@@ -58,6 +64,7 @@ def image_block(key: jax.Array, tower: ViTTower) -> Block:
             qkv=Linear(uniform(qkv, (width, 3, *heads), xavier), zeros((3, *heads))),
             out=Linear(uniform(out, (*heads, width), width**-0.5), zeros((width,))),
             causal=False,
+            implementation=compute.attention,
         ),
         mlp=MLP(
             up=Linear(uniform(up, (width, mlp_dim), width**-0.5), uniform(up_bias, (mlp_dim,), width**-0.5)),
@@ -67,7 +74,7 @@ def image_block(key: jax.Array, tower: ViTTower) -> Block:
     )
 
 
-def text_block(key: jax.Array, tower: TextTower) -> Block:
+def text_block(key: jax.Array, tower: TextTower, compute: Compute) -> Block:
     """Returns a block initialised as OpenAI's: what goes into the residual shrinks with the depth."""
     width, mlp_dim, heads = tower.width, tower.mlp_dim, (tower.num_heads, tower.width // tower.num_heads)
     qkv, up, up_bias, out, down, down_bias = jax.random.split(key, 6)
@@ -79,6 +86,7 @@ def text_block(key: jax.Array, tower: TextTower) -> Block:
             qkv=Linear(normal(qkv, (width, 3, *heads), width**-0.5), zeros((3, *heads))),
             out=Linear(normal(out, (*heads, width), residual), zeros((width,))),
             causal=tower.causal,
+            implementation=compute.attention,
         ),
         mlp=MLP(
             up=Linear(normal(up, (width, mlp_dim), (2 * width) ** -0.5), uniform(up_bias, (mlp_dim,), width**-0.5)),
@@ -96,35 +104,47 @@ def stack(block, key: jax.Array, depth: int) -> Block:
 def states(blocks: Block, x_BLD: Float[jax.Array, "B L D"]) -> Float[jax.Array, "depth B L D"]:
     """Returns what comes out of every block."""
 
-    def apply(x_BLD, block):
-        x_BLD = block(x_BLD)
-        return x_BLD, x_BLD
+    def apply(pieces, block):
+        pieces = block(pieces)
+        return pieces, pieces[0]
 
-    return jax.lax.scan(apply, x_BLD, blocks)[1]
+    return jax.lax.scan(apply, (x_BLD,), blocks)[1]
 
 
-def run(
-    blocks: Block, x_BLD: Float[jax.Array, "B L D"], compute: Compute, at_B: Int[jax.Array, " B"] | None = None
-) -> Float[jax.Array, "B L D"] | Float[jax.Array, "B D"]:
-    """Returns what the stacked blocks, one after the other, make of `x_BLD`: at all positions, or at one of each row.
+def run(blocks: Block, pieces: Pieces, compute: Compute, at_B: Int[jax.Array, " B"] | None = None) -> Pieces:
+    """Returns what the stacked blocks, one after the other, make of a sequence: at all positions, or, of a sequence
+    that is whole, at one of each row.
 
     Unrolled, each block is compiled by itself, and the last computes nothing but that position.
     """
     if compute.unroll:
         *most, last = [jax.tree.map(lambda x, i=i: x[i], blocks) for i in range(blocks.mlp.up.bias.shape[0])]
         for block in most:
-            x_BLD = block(x_BLD)
-        return last(x_BLD) if at_B is None else last(x_BLD, at_B)[:, 0]
+            pieces = block(pieces)
+        return last(pieces, at_B)
 
-    def apply(x_BLD, block):
-        return block(x_BLD), None
+    def apply(pieces, block):
+        return stay(block(stay(pieces, compute)), compute), None
 
     if REMAT[compute.remat] is not None:
         apply = jax.checkpoint(
             apply, policy=REMAT[compute.remat], prevent_cse=False
         )  # a scan keeps the two passes apart
-    x_BLD = jax.lax.scan(apply, x_BLD, blocks)[0]
-    return x_BLD if at_B is None else take(x_BLD, at_B)[:, 0]
+    pieces = jax.lax.scan(apply, pieces, blocks)[0]
+    return pieces if at_B is None else tuple(take(x, at_B) for x in pieces)
+
+
+def stay(x: jax.Array | Pieces, compute: Compute) -> jax.Array | Pieces:
+    """Returns activations that are split by rows alone. Where weights are split, too, a compiler may otherwise gather
+    the rows and split the width: another use of the mesh, that needs many times the memory."""
+    return x if compute.rows is None else jax.lax.with_sharding_constraint(x, compute.rows)
+
+
+def everywhere(x: jax.Array, compute: Compute) -> jax.Array:
+    """Returns a weight whole on every device: that is less to move than what a look-up in its parts finds."""
+    if compute.rows is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(compute.rows.mesh, PartitionSpec()))
 
 
 def take(x_BLD: Float[jax.Array, "B L D"], at_B: Int[jax.Array, " B"]) -> Float[jax.Array, "B 1 D"]:

@@ -67,7 +67,7 @@ class ViT(nnx.Module):
         self.class_embedding = normal(cls, (width,), width**-0.5) if tower.class_token else None
         self.positional_embedding = normal(position, (positions, width), width**-0.5)
         self.pre_norm = LayerNorm(width, eps=tower.eps) if tower.pre_norm else None
-        self.blocks = transformer.stack(lambda k: transformer.image_block(k, tower), blocks, tower.depth)
+        self.blocks = transformer.stack(lambda k: transformer.image_block(k, tower, compute), blocks, tower.depth)
         self.post_norm = LayerNorm(width, eps=tower.eps)
         self.map_pool = MapPool(tower, key=projection) if tower.pool == "map" else None
         self.projection = normal(projection, (width, embed_dim), width**-0.5) if tower.projection else None
@@ -92,7 +92,7 @@ class ViT(nnx.Module):
         return list(transformer.states(self.blocks, self._embed(image_BHWC)))
 
     def _embed(self, image_BHWC: Float[jax.Array, "B H W C"]) -> Float[jax.Array, "B L D"]:
-        x_BLD = self.patch_embed(image_BHWC.astype(self.compute.dtype))
+        x_BLD = transformer.stay(self.patch_embed(image_BHWC.astype(self.compute.dtype)), self.compute)
         if self.class_embedding is not None:
             cls_D = self.class_embedding[...].astype(self.compute.dtype)
             cls_B1D = jnp.broadcast_to(cls_D, (len(x_BLD), 1, len(cls_D)))
@@ -116,19 +116,41 @@ def some_patches(x_BLD: Float[jax.Array, "B L D"], keys_B: jax.Array, dropped: f
 
 def class_state(vit: ViT, x_BLD: Float[jax.Array, "B L D"]) -> Float[jax.Array, "B D"]:
     """Returns the class token's state behind the blocks."""
-    class_token_B = jnp.zeros(len(x_BLD), jnp.int32)
-    return vit.post_norm(transformer.run(vit.blocks, x_BLD, vit.compute, class_token_B))
+    if vit.compute.unroll:
+        class_token_B = jnp.zeros(len(x_BLD), jnp.int32)
+        (cls_B1D,) = transformer.run(vit.blocks, (x_BLD,), vit.compute, class_token_B)
+    else:
+        cls_B1D, _ = both_states(vit, x_BLD)
+    return vit.post_norm(cls_B1D[:, 0])
 
 
 def mean_state(vit: ViT, x_BLD: Float[jax.Array, "B L D"]) -> Float[jax.Array, "B D"]:
     """Returns the mean of the patches' states."""
-    x_BPD = transformer.run(vit.blocks, x_BLD, vit.compute)[:, int(vit.tower.class_token) :]
+    _, x_BPD = both_states(vit, x_BLD)
     return vit.post_norm(x_BPD.mean(1)) if vit.tower.norm_after_pool else vit.post_norm(x_BPD).mean(1)
 
 
 def attended_state(vit: ViT, x_BLD: Float[jax.Array, "B L D"]) -> Float[jax.Array, "B D"]:
     """Returns what a learnt probe gathers from the patches' states."""
-    return vit.map_pool(vit.post_norm(transformer.run(vit.blocks, x_BLD, vit.compute)))
+    (x_BLD,) = transformer.run(vit.blocks, (x_BLD,), vit.compute)
+    return vit.map_pool(vit.post_norm(x_BLD))
+
+
+def both_states(
+    vit: ViT, x_BLD: Float[jax.Array, "B L D"]
+) -> tuple[Float[jax.Array, "B _ D"], Float[jax.Array, "B P D"]]:
+    """Returns the states of the class token [B, 1, D], or of none [B, 0, D], and those of the patches [B, P, D].
+
+    The two go through the blocks apart, for the number of patches suits the hardware and one more does not
+    (models/attention.py). Unrolled, for a batch of one on a CPU, they stay together: weights are read once. So they do
+    for cuDNN, which has its own ways with any number.
+    """
+    first = int(vit.tower.class_token)
+    if vit.compute.unroll or vit.compute.attention == "cudnn" or not first:
+        (x_BLD,) = transformer.run(vit.blocks, (x_BLD,), vit.compute)
+        return x_BLD[:, :first], x_BLD[:, first:]
+    x_BPD, cls_B1D = transformer.run(vit.blocks, (x_BLD[:, first:], x_BLD[:, :first]), vit.compute)
+    return cls_B1D, x_BPD
 
 
 # How states become one, by the architecture's word.

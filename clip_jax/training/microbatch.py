@@ -6,63 +6,76 @@ tell: its batch is the part, over all devices.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from clip_jax.errors import UserError
 from clip_jax.models.clip import Params, Weights
+from clip_jax.sharding import BATCH
 from clip_jax.typing import Batch
 
 Embeddings = tuple[jax.Array, jax.Array]  # image and text, [B E] each
-Encode = Callable[[Weights, Batch, jax.Array | None], tuple[Embeddings, Params]]  # and new statistics
+# (weights, batch, rows of the global batch, their place on the mesh) → embeddings and new statistics
+Encode = Callable[[Weights, Batch, jax.Array, NamedSharding], tuple[Embeddings, Params]]
 
 
-def in_parts(encode: Encode, parts: int, mesh: Mesh) -> Encode:
+def in_parts(
+    encode: Encode, parts: int, mesh: Mesh
+) -> Callable[[Weights, Batch, jax.Array], tuple[Embeddings, Params]]:
     """Returns a function that does what `encode` does, in so many parts of the batch, one after the other.
 
-    `encode(weights, batch, rows_B)` gives embeddings and new statistics; what is random about a pair has to come from
-    its row in the global batch, so that it is the same in any part, and again in the backward pass.
+    What is random about a pair has to come from its row in the global batch, so that it is the same in any part, and
+    again in the backward pass.
 
-    Every device cuts its own rows: no image travels. Where parameters are replicated over the `data` axis, each device
-    adds its gradients up over the parts and they are reduced once, at the end: the axis is manual here (`shard_map`),
-    and parameters are made different in name on each device before the loop. Over the `fsdp` axis parameters are
-    gathered, and gradients reduced and scattered, in every part: a device has no room for more than its share. With
-    batch norm all is left to the compiler, which reduces gradients in every part, as it has to reduce the statistics.
+    Every device cuts its own rows: no image travels. Parameters that are replicated over the `data` axis would have
+    their gradients reduced in every part; instead each device adds its own up over the parts, and they are reduced
+    once, at the end: the axis is manual (`shard_map`), and parameters count as different on each device before the
+    loop begins. Over the `fsdp` axis parameters are gathered, and gradients reduced and scattered, in every part: a
+    device has no room for more than its share of them. Left to the compiler, which reduces in every part, are models
+    with batch norm, since it has to reduce their statistics there anyway, and meshes with a `tensor` axis, which XLA
+    cannot partition beside a manual one.
     """
-    if parts == 1:
-        return encode
 
     def whole(weights: Weights, batch: Batch, rows_B: jax.Array) -> tuple[Embeddings, Params]:
-        if weights.statistics or mesh.shape["data"] == 1:
-            return _one_after_the_other(encode, parts, weights, (batch, rows_B))
+        rows = (batch, rows_B)
+        if parts == 1:
+            return encode(weights, *rows, NamedSharding(mesh, BATCH))
+        if weights.statistics or mesh.shape["data"] == 1 or mesh.shape["tensor"] > 1:
+            return _one_after_the_other(encode, parts, weights, rows, NamedSharding(mesh, BATCH))
 
-        def on_device(weights: Weights, batch: Batch, rows: jax.Array) -> Embeddings:
+        def on_device(weights: Weights, *rows: Any) -> Embeddings:
             weights = jax.lax.pcast(weights, ("data",), to="varying")  # here, not where used: reduced once
-            return _one_after_the_other(encode, parts, weights, (batch, rows))[0]
+            within = NamedSharding(jax.sharding.get_abstract_mesh(), P("fsdp"))
+            return _one_after_the_other(encode, parts, weights, rows, within)[0]
 
-        local = jax.shard_map(
-            on_device, mesh=mesh, in_specs=(P(), P("data"), P("data")), out_specs=P("data"), axis_names={"data"}
-        )
-        return local(weights, batch, rows_B), weights.statistics
+        places = (P(), P("data"), P("data"))
+        local = jax.shard_map(on_device, mesh=mesh, in_specs=places, out_specs=P("data"), axis_names={"data"})
+        return local(weights, *rows), weights.statistics
 
     return whole
 
 
-def _one_after_the_other(encode: Encode, parts: int, weights: Weights, rows: tuple) -> tuple[Embeddings, Params]:
-    """Returns what `encode` makes of rows, part by part; the statistics go through all of them."""
+def _one_after_the_other(
+    encode: Encode, parts: int, weights: Weights, rows: tuple, placed: NamedSharding
+) -> tuple[Embeddings, Params]:
+    """Returns what `encode` makes of rows, `placed` over devices, part by part; the statistics go through all parts."""
+
+    def stay(x: jax.Array, dim: int) -> jax.Array:
+        return jax.lax.with_sharding_constraint(x, placed.update(spec=P(*(None,) * dim, *placed.spec)))
 
     def cut(x_B: jax.Array) -> jax.Array:
-        # Neighbours go into different parts: rows of a device are neighbours, and each part has some of every device.
-        return x_B.reshape(-1, parts, *x_B.shape[1:]).swapaxes(0, 1)
+        # A device's rows are neighbours, and each part has some of every device: neighbours go into different parts.
+        return stay(stay(x_B.reshape(-1, parts, *x_B.shape[1:]), 0).swapaxes(0, 1), 1)
 
     def join(x: jax.Array) -> jax.Array:
-        return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
+        return stay(stay(x, 1).swapaxes(0, 1), 0).reshape(-1, *x.shape[2:])
 
     @jax.checkpoint
     def one(statistics: Params, part: tuple) -> tuple[Params, Embeddings]:
-        embeddings, statistics = encode(Weights(weights.params, statistics), *part)
+        embeddings, statistics = encode(Weights(weights.params, statistics), *part, placed)
         return statistics, embeddings
 
     statistics, embeddings = jax.lax.scan(one, weights.statistics, jax.tree.map(cut, rows))

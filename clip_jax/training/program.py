@@ -4,7 +4,6 @@ The loop runs it; the planner compiles it for devices that are not there.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 
 import jax
@@ -13,11 +12,13 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from clip_jax import losses, optim, sharding
-from clip_jax.architecture import Architecture
-from clip_jax.config import Config
+from clip_jax.architecture import Architecture, ViTTower
+from clip_jax.config import Config, ModelConfig
+from clip_jax.errors import UserError
+from clip_jax.models.attention import refused_by_cudnn
 from clip_jax.models.clip import Definition
 from clip_jax.models.variants import architecture
-from clip_jax.training.microbatch import check_microbatch, in_parts
+from clip_jax.training.microbatch import check_microbatch
 from clip_jax.training.state import TrainState, abstract_state, initial_state
 from clip_jax.training.step import Metrics, make_train_step
 from clip_jax.typing import Batch
@@ -32,6 +33,7 @@ class Program:
     definition: Definition
     mesh: Mesh
     optimizer: optax.GradientTransformation
+    attention: str  # whose kernels, and why
     ring: losses.Ring | None  # None: the loss is dense
     parts: int  # of the batch, for the towers
     state: TrainState
@@ -52,6 +54,7 @@ class Program:
         else:
             devices = losses.ring_size(self.ring)
             lines.append(f"loss: {kind}, in a ring of {devices} device(s), tiles of {self.ring.tile}² logits")
+        lines.append(f"attention: {self.attention}")
         if self.parts > 1:
             seen = "; batch norm sees each by itself" if self.state.statistics else ""
             lines.append(f"towers: {self.parts} parts of {config.microbatch:,} pairs, one after the other{seen}")
@@ -69,8 +72,13 @@ def assemble(config: Config, devices: list[jax.Device] | None = None) -> Program
     sharding.check_batch(config.data.global_batch, mesh)
     parts = check_microbatch(config.microbatch, config.data.global_batch, mesh)
     ring = losses.ring_for(config.loss, mesh, sharding.BATCH_AXES, config.data.global_batch)
+    implementation, note = attention_for(config.model, arch, mesh.devices.flat[0])
     definition = Definition(
-        arch, dtype=config.model.compute_dtype, remat=config.model.remat, patch_dropout=config.model.patch_dropout
+        arch,
+        dtype=config.model.compute_dtype,
+        remat=config.model.remat,
+        attention=implementation,
+        patch_dropout=config.model.patch_dropout,
     )
     optimizer = optim.optimizer(config.optim, config.total_steps)
     state = abstract_state(definition, optimizer, mesh)
@@ -81,10 +89,34 @@ def assemble(config: Config, devices: list[jax.Device] | None = None) -> Program
         state,
         seed=config.seed,
         ring=ring,
-        parts=functools.partial(in_parts, parts=parts, mesh=mesh),
+        parts=parts,
     )
     batch = abstract_batch(arch, config.data.global_batch, mesh)
-    return Program(config, arch, definition, mesh, optimizer, ring, parts, state, batch, train_step)
+    attention = implementation + note
+    return Program(config, arch, definition, mesh, optimizer, attention, ring, parts, state, batch, train_step)
+
+
+def attention_for(model: ModelConfig, arch: Architecture, device: jax.Device) -> tuple[str, str]:
+    """Returns whose kernels compute attention, a word of `IMPLEMENTATIONS`, and what is to be said of it.
+
+    Raises:
+        UserError: the config insists on cuDNN, which is not there or refuses.
+    """
+    if model.attention == "xla" or (model.attention == "auto" and device.platform != "gpu"):
+        return "xla", ""
+    if device.platform != "gpu":
+        raise UserError(f"model.attention={model.attention!r} needs a GPU, and this is a {device.platform}; use 'auto'")
+    towers = {"text": (arch.text, arch.text.context_length, arch.text.causal)}
+    if isinstance(arch.image, ViTTower):
+        towers["image"] = (arch.image, arch.image.num_patches + arch.image.class_token, False)
+    for name, (tower, length, causal) in towers.items():
+        shape_NLK = (tower.num_heads, length, tower.width // tower.num_heads)
+        reason = refused_by_cudnn(shape_NLK, causal=causal, dtype=model.compute_dtype, device=device)
+        if reason and model.attention == "cudnn":
+            raise UserError(f"model.attention='cudnn': cuDNN refuses the {name} tower ({reason}); use 'auto' or 'xla'")
+        if reason:
+            return "xla", f" (cuDNN refuses the {name} tower: {reason})"
+    return "cudnn", ""
 
 
 def abstract_batch(arch: Architecture, global_batch: int, mesh: Mesh) -> Batch:

@@ -1,14 +1,16 @@
 """One update: pixels and tokens in, a new state and its metrics out. Pure; compiled once."""
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding
 
 from clip_jax import losses
 from clip_jax.models.clip import Definition, Params, Weights, constrain, l2_normalise, normalise_pixels
-from clip_jax.training.microbatch import Embeddings, Encode
+from clip_jax.training.microbatch import Embeddings, Encode, in_parts
 from clip_jax.training.state import TrainState
 from clip_jax.typing import Batch, Float
 
@@ -16,13 +18,13 @@ Metrics = dict[str, jax.Array]
 
 
 def make_encode(definition: Definition, dropout: jax.Array | None = None) -> Encode:
-    """Returns the function (weights, batch, rows) → (normalised embeddings, new statistics).
+    """Returns the function (weights, batch, rows, their place) → (normalised embeddings, new statistics).
 
     `dropout` is the key of all that is random in a step; a pair's own is that and its row in the global batch.
     """
 
-    def encode(weights: Weights, batch: Batch, rows_B: jax.Array) -> tuple[Embeddings, Params]:
-        model = definition.bind(weights)
+    def encode(weights: Weights, batch: Batch, rows_B: jax.Array, placed: NamedSharding) -> tuple[Embeddings, Params]:
+        model = dataclasses.replace(definition, rows=placed).bind(weights)
         pixels = normalise_pixels(batch.image, definition.architecture.preprocess)
         keys_B = None if dropout is None else jax.vmap(jax.random.fold_in, (None, 0))(dropout, rows_B)
         img_BE = l2_normalise(model.encode_image(pixels, train=True, dropout_B=keys_B))
@@ -40,20 +42,20 @@ def make_train_step(
     *,
     seed: int = 0,
     ring: losses.Ring | None = None,
-    parts: Callable[[Encode], Encode] = lambda encode: encode,
+    parts: int = 1,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Returns the compiled function (state, global batch) → (state, metrics).
 
     It takes the old state's memory, and leaves the new one in the places that `abstract` gives: left to itself the
     compiler would move small arrays, and the second step would be another program than the first. `ring` is the loss's
-    form, `parts` cuts the batch for the towers.
+    form; the towers go over the batch in `parts`.
     """
 
     def loss_of(
         params: Params, statistics: Params, batch: Batch, step: jax.Array
     ) -> tuple[Float[jax.Array, ""], tuple[Metrics, Params]]:
         dropout = jax.random.fold_in(jax.random.key(seed), step) if definition.patch_dropout else None
-        encode = parts(make_encode(definition, dropout))
+        encode = in_parts(make_encode(definition, dropout), parts, abstract.step.sharding.mesh)
         (img_BE, txt_BE), statistics = encode(Weights(params, statistics), batch, jnp.arange(len(batch.valid)))
         model = definition.bind(Weights(params, statistics))
         known = {"scale": model.scale(), "valid_B": batch.valid, "ring": ring}

@@ -7,13 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 from oracles import openai_clip
 
 from clip_jax import losses
 from clip_jax.architecture import Architecture, Preprocess, TextTower, ViTTower
+from clip_jax.config import MeshConfig
 from clip_jax.models.clip import LOGIT_SCALE_MAX, Definition, Weights, constrain, l2_normalise, normalise_pixels
 from clip_jax.models.transformer import REMAT
-from clip_jax.sharding import path_of
+from clip_jax.sharding import BATCH, make_mesh, parameter_specs, path_of
 
 # No two sizes alike where that can be, so that no two dimensions can be taken for each other.
 ARCH = Architecture(
@@ -211,10 +213,31 @@ def test_remat_policies_give_equal_gradients_and_each_keeps_less_than_the_one_be
         gradient = jax.grad(lambda params, d=definition: (d.bind(Weights(params, {})).encode_image(images) ** 2).sum())
         compiled = jax.jit(gradient).lower(wide).compile()
         gradients[remat], memory[remat] = compiled(wide), compiled.memory_analysis().temp_size_in_bytes
-    assert memory["full"] < memory["dots"] < memory["none"]
-    for remat in ("dots", "full"):
+    assert memory["full"] < memory["attention"] < memory["dots"] < memory["none"]
+    for remat in REMAT:
         for found, expected in zip(*map(jax.tree.leaves, (gradients[remat], gradients["none"])), strict=True):
             np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12 * np.abs(expected).max())
+
+
+# --- on a mesh whose devices split weights ---
+
+
+def test_rows_stay_apart_where_weights_are_split_and_the_gradients_are_the_same(x64, params, images, tokens):
+    wide = jax.tree.map(jnp.float64, params)
+    images, tokens = (jnp.tile(x, (4,) + (1,) * (x.ndim - 1)) for x in (images, tokens))
+    mesh = make_mesh(MeshConfig(2, 4, 1))
+    rows = NamedSharding(mesh, BATCH)
+    specs = parameter_specs(params)
+    split = jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), wide, specs)
+    inputs = jax.device_put((images, tokens), rows)
+    definition = dataclasses.replace(DEFINITION, dtype="float64")
+    gradient = jax.jit(jax.grad(loss_of(dataclasses.replace(definition, rows=rows)))).lower(split, *inputs).compile()
+    hidden = f"{ARCH.image.num_patches},{ARCH.image.mlp_dim}]"  # of an MLP: [B, P, F]
+    assert f"f64[{len(images) // 8},{hidden}" in gradient.as_text()
+    assert f"f64[{len(images) // 2},{hidden}" not in gradient.as_text()  # rows of all that share a batch of `data`
+    expected = jax.jit(jax.grad(loss_of(definition)))(wide, images, tokens)
+    for x, y in zip(*map(jax.tree.leaves, (gradient(split, *inputs), expected)), strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=1e-12 * max(1, np.abs(y).max()))
 
 
 # --- how parameters start ---

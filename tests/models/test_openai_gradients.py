@@ -288,7 +288,7 @@ def test_remat_policies_give_equal_gradients_and_statistics_of_a_stage_and_full_
         results[remat] = compiled(*moved, x_BHWD)
         memory[remat] = compiled.memory_analysis().temp_size_in_bytes
     assert memory["full"] <= memory["dots"] < memory["none"]
-    for remat in ("dots", "full"):
+    for remat in REMAT:
         for found, expected in zip(*map(jax.tree.leaves, (results[remat], results["none"])), strict=True):
             np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12 * np.abs(expected).max())
 

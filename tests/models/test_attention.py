@@ -1,0 +1,142 @@
+"""Attention of sequences in pieces against softmax(QKᵀ)V in NumPy, float64: results, gradients, and what is kept."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from clip_jax.architecture import ViTTower
+from clip_jax.models import transformer
+from clip_jax.models.attention import attend, attend_by_cudnn
+from clip_jax.models.clip import Definition, Weights
+from clip_jax.models.transformer import Compute
+from clip_jax.models.variants import VARIANTS
+
+B, N, L, K = 3, 2, 7, 5
+CAUSAL = np.tri(L, dtype=bool)
+AT_B = np.array([0, 3, 6])  # one position of each row
+CUTS = {"whole": (), "class token first": (1,), "class token last": (L - 1,), "three": (2, 5)}
+
+
+def heads(seed: int, length: int = L) -> list[np.ndarray]:
+    """Returns queries, keys, values and a cotangent of the result."""
+    random = np.random.default_rng(seed)
+    return [random.normal(size=(B, N, n, K)) for n in (length, L, L, length)]
+
+
+def oracle(q, k, v, d, seen=None):
+    """Returns the result and the gradients of queries, keys and values."""
+    scores = q @ k.swapaxes(-1, -2)
+    scores = scores if seen is None else np.where(seen, scores, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights = weights / weights.sum(-1, keepdims=True)
+    d_weights = d @ v.swapaxes(-1, -2)
+    d_scores = weights * (d_weights - (weights * d_weights).sum(-1, keepdims=True))
+    return weights @ v, d_scores @ k, d_scores.swapaxes(-1, -2) @ q, weights.swapaxes(-1, -2) @ d
+
+
+def found(q, k, v, d, seen=None, cuts=()):
+    """Returns the same of `attend`, given the sequence in pieces, put together again."""
+    split = [tuple(jnp.asarray(x) for x in np.split(x, cuts, axis=2)) for x in (q, k, v, d)]
+    result, back = jax.vjp(lambda q, k, v: attend(q, k, v, seen), *split[:3])
+    return [np.concatenate(x, axis=2) for x in (result, *back(split[3]))]
+
+
+@pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS)
+def test_pieces_gather_and_have_the_gradients_of_the_whole(x64, cuts):
+    inputs = heads(0)
+    for x, expected in zip(found(*inputs, cuts=cuts), oracle(*inputs), strict=True):
+        assert x.dtype == np.float64
+        np.testing.assert_allclose(x, expected, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("seen", "queries"), [(CAUSAL, L), (CAUSAL[AT_B][:, None, None], 1)], ids=["causal", "one position of each row"]
+)
+def test_what_is_not_seen_has_no_weight_and_no_gradient(x64, seen, queries):
+    inputs = heads(1, queries)
+    for x, expected in zip(found(*inputs, seen=jnp.asarray(seen)), oracle(*inputs, seen), strict=True):
+        np.testing.assert_allclose(x, expected, rtol=0, atol=1e-13)
+
+
+def test_float32_is_within_1e_6_and_scores_of_a_thousand_do_not_overflow():
+    for size, tolerance in ((1, 1e-6), (30, 2e-4)):  # a score of s has an error of 2⁻²⁴ s, and so has its exponential
+        inputs = [np.float32(x) for x in heads(2)]
+        inputs[0], inputs[1] = inputs[0] * size, inputs[1] * size
+        for x, expected in zip(found(*inputs), oracle(*map(np.float64, inputs)), strict=True):
+            assert x.dtype == np.float32
+            np.testing.assert_allclose(x, expected, rtol=0, atol=tolerance * max(1, np.abs(expected).max()))
+
+
+def test_bfloat16_rounds_weights_and_results_but_no_scores():
+    inputs = [np.asarray(jnp.bfloat16(x)) for x in heads(3)]
+    expected = oracle(*map(np.float64, inputs))
+    for i, x in enumerate(found(*inputs, cuts=(L - 1,))):
+        assert x.dtype == jnp.bfloat16
+        # 2⁻⁹ from the weights and 2⁻⁹ from the result, of terms that add up to more than the result.
+        np.testing.assert_allclose(np.float64(x), expected[i], rtol=0, atol=4 * 2**-9 * np.abs(expected[i]).max())
+
+
+def test_no_scores_are_kept_for_the_backward_pass():
+    pieces = [(jnp.zeros((B, N, 64, K)), jnp.zeros((B, N, 1, K)))] * 3
+    _, back = jax.vjp(attend, *pieces)
+    assert max(x.size for x in jax.tree.leaves(back)) == B * N * 64 * K
+
+
+def test_blocks_make_the_same_of_patches_and_class_token_apart_as_of_both_together(x64):
+    tower = ViTTower(image_size=12, patch_size=4, width=24, depth=3, num_heads=2, mlp_dim=40)
+    blocks = transformer.stack(
+        lambda key: transformer.image_block(key, tower, Compute()), jax.random.key(0), tower.depth
+    )
+    blocks = jax.tree.map(lambda x: x.astype(jnp.float64), blocks)
+    x_BLD, weight_BLD = np.random.default_rng(4).normal(size=(2, B, 10, 24))
+
+    def together(blocks, x_BLD):
+        (x_BLD,) = transformer.run(blocks, (x_BLD,), Compute("float64"))
+        return (x_BLD * weight_BLD).sum(), x_BLD
+
+    def apart(blocks, x_BLD):
+        pieces = transformer.run(blocks, (x_BLD[:, 1:], x_BLD[:, :1]), Compute("float64"))
+        x_BLD = jnp.concatenate(pieces[::-1], axis=1)
+        return (x_BLD * weight_BLD).sum(), x_BLD
+
+    ways = [jax.jit(jax.grad(way, argnums=(0, 1), has_aux=True))(blocks, x_BLD) for way in (apart, together)]
+    for x, expected in zip(*map(jax.tree.leaves, ways), strict=True):
+        np.testing.assert_allclose(x, expected, rtol=0, atol=1e-12 * np.abs(expected).max())
+
+
+# --- cuDNN's ---
+
+
+@pytest.fixture
+def cudnn_by_xla(monkeypatch):
+    """Has XLA compute what cuDNN is asked for: what is given to it and taken from it can be seen without a GPU."""
+    genuine = jax.nn.dot_product_attention
+
+    def on_any_device(*qkv, implementation, **words):
+        assert implementation == "cudnn"
+        return genuine(*qkv, implementation="xla", **words)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", on_any_device)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_cudnn_is_asked_for_the_same(cudnn_by_xla, causal):
+    q, k, v, _ = (jnp.asarray(x, jnp.float32) for x in heads(0))
+    ((expected,)) = attend((q,), (k,), (v,), jnp.asarray(CAUSAL) if causal else None)
+    np.testing.assert_allclose(attend_by_cudnn(q, k, v, causal=causal), expected, rtol=0, atol=1e-6)
+
+
+def test_a_model_on_cudnn_has_the_embeddings_and_gradients_of_one_on_xla(cudnn_by_xla):
+    params, _ = jax.jit(Definition(VARIANTS["ViT-W64/4@16px"]).init)(jax.random.key(0))
+    random = np.random.default_rng(0)
+    image_BHWC = jnp.asarray(random.normal(size=(2, 16, 16, 3)), jnp.float32)
+    tokens_BL = jnp.asarray(random.integers(1, 999, (2, 16)), jnp.int32)
+
+    def total(params, attention):
+        model = Definition(VARIANTS["ViT-W64/4@16px"], attention=attention).bind(Weights(params, {}))
+        return (model.encode_image(image_BHWC) * model.encode_text(tokens_BL)).sum()
+
+    xla, cudnn = (jax.jit(jax.value_and_grad(total), static_argnums=1)(params, word) for word in ("xla", "cudnn"))
+    for x, expected in zip(jax.tree.leaves(cudnn), jax.tree.leaves(xla), strict=True):
+        np.testing.assert_allclose(x, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
