@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from clip_jax.config import Config, build
+from clip_jax.config import Config
 from clip_jax.planning import compiler, flops
 from clip_jax.planning.compiler import TooLargeError
 from clip_jax.planning.hlo import Collective
@@ -148,15 +148,3 @@ def _step(program: Program, topology: Topology, cycles: int, collectives: list[C
         pairs_per_second=pairs / seconds,
         mfu=asked / seconds / topology.peak,
     )
-
-
-def changed(config: Config, **fields: Any) -> Config:
-    """Returns the config with some fields changed, by dotted path with two underscores for a dot, checked anew."""
-    values = dataclasses.asdict(config)
-    for path, value in fields.items():
-        *parents, name = path.split("__")
-        section = values
-        for parent in parents:
-            section = section[parent]
-        section[name] = value
-    return build(Config, values)

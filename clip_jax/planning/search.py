@@ -5,15 +5,18 @@ never guessed blindly: memory grows with the batch nearly as a straight line, an
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from clip_jax.config import Config
-from clip_jax.planning.plan import Plan, changed
+from clip_jax.config import Config, build
+from clip_jax.errors import UserError
+from clip_jax.planning.plan import Plan
 
 Planner = Callable[[Config], Plan]
 CLOSE = 1 / 32  # the search ends when a batch so little larger is known not to fit
+REMAT = ("attention", "full")  # policies by how much they compute again; any other computes less
 TRUSTED = 5  # plans; when the straight line has not found the answer by then, intervals are halved
 
 
@@ -32,43 +35,63 @@ class Remedy:
 def remedies(config: Config, plan: Plan, make: Planner) -> Iterator[Remedy]:
     """Yields what was tried, each with what was tried before it; the last one fits, or nothing more can be done.
 
-    In the order of what they cost: to compute activations again is a third more work at most; to split parameters and
-    optimiser over all chips is traffic; a microbatch is another forward pass. What plainly cannot be enough, because
-    parameters and optimiser alone are too large, is not compiled by itself.
+    In the order of what they cost: to compute activations again, first all but attention, is a third more work at most;
+    to split parameters and optimiser over the chips is traffic; a microbatch is another forward pass. Where parameters
+    and optimiser leave no room for anything, to split them is the first.
     """
+    again, split = _policies(config), _splits(plan)
     changes: dict[str, Any] = {}
-    for change in _changes(config, plan):
-        changes |= change
-        if _hopeless(plan, changes):
+    for alternatives in (split, *again) if _no_room(plan) else (*again, split):
+        remedy = _first(config, changes, alternatives, make)
+        if remedy is None:
             continue
-        remedy = Remedy(dict(changes), make(with_changes(config, changes)))
         yield remedy
         if remedy.plan.fits:
             return
-    last = plan if not changes else remedy.plan
-    for microbatch in microbatches(last):
-        changes |= {"microbatch": microbatch}
-        remedy = Remedy(dict(changes), make(with_changes(config, changes)))
+        changes, plan = remedy.changes, remedy.plan
+    for microbatch in microbatches(plan):
+        remedy = _first(config, changes, [{"microbatch": microbatch}], make)
         yield remedy
         if remedy.plan.fits:
             return
+
+
+def _first(config: Config, changes: dict[str, Any], alternatives: list[dict[str, Any]], make: Planner) -> Remedy | None:
+    """Returns what comes of the first alternative that goes together with the model; None: none does."""
+    for alternative in alternatives:
+        tried = changes | alternative
+        try:
+            return Remedy(tried, make(with_changes(config, tried)))
+        except UserError:  # a width that so many chips cannot split
+            continue
+    return None
 
 
 def with_changes(config: Config, changes: dict[str, Any]) -> Config:
-    return changed(config, **{path.replace(".", "__"): value for path, value in changes.items()})
+    """Returns the config with the fields changed, checked anew."""
+    values = dataclasses.asdict(config)
+    for path, value in changes.items():
+        *parents, name = path.split(".")
+        functools.reduce(dict.__getitem__, parents, values)[name] = value
+    return build(Config, values)
 
 
-def _changes(config: Config, plan: Plan) -> Iterator[dict[str, Any]]:
-    if config.model.remat != "full":
-        yield {"model.remat": "full"}
-    if plan.mesh["data"] > 1:
-        yield {"mesh.data": 1, "mesh.fsdp": -1}
+def _policies(config: Config) -> list[list[dict[str, Any]]]:
+    """Returns the policies that compute more again than the config's."""
+    after = REMAT[REMAT.index(config.model.remat) + 1 :] if config.model.remat in REMAT else REMAT
+    return [[{"model.remat": policy}] for policy in after]
 
 
-def _hopeless(plan: Plan, changes: dict[str, Any]) -> bool:
-    """Returns whether what stays on every chip leaves no room: parameters, their gradients, the optimiser."""
-    kept = 2 * plan.memory.parameters + plan.memory.optimizer
-    return "mesh.fsdp" not in changes and plan.mesh["data"] > 1 and kept > plan.memory.limit
+def _splits(plan: Plan) -> list[dict[str, Any]]:
+    """Returns the meshes that split parameters further, the furthest first."""
+    ways = plan.mesh["data"] * plan.mesh["fsdp"]
+    fsdp = [n for n in range(ways, plan.mesh["fsdp"], -1) if ways % n == 0]
+    return [{"mesh.data": ways // n, "mesh.fsdp": n} for n in fsdp]
+
+
+def _no_room(plan: Plan) -> bool:
+    """Returns whether parameters, their gradients and the optimiser fill a chip."""
+    return 2 * plan.memory.parameters + plan.memory.optimizer > plan.memory.limit
 
 
 def microbatches(plan: Plan) -> Iterator[int]:
@@ -92,7 +115,7 @@ def find_batch(config: Config, first: Plan, make: Planner) -> Iterator[Plan]:
     yield first
     tried = {first.rows: first}
     while (rows := next_rows(tried, unit)) is not None:
-        plan = make(changed(config, data__global_batch=rows * ways))
+        plan = make(with_changes(config, {"data.global_batch": rows * ways}))
         tried[rows] = plan
         yield plan
 

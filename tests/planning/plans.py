@@ -11,7 +11,7 @@ CHIPS = 16
 class FakeCompiler:
     """Makes plans for 16 chips by simple laws, and keeps what it was asked for.
 
-    A pair takes `pair` bytes of activations, a quarter of that with full rematerialisation; parameters take `state`
+    A pair takes `pair` bytes of activations, half or a quarter of that with rematerialisation; parameters take `state`
     bytes, split over the places of fsdp. Above `bend` pairs at once activations take half as much again.
     """
 
@@ -21,9 +21,10 @@ class FakeCompiler:
 
     def __call__(self, config: Config) -> Plan:
         self.asked.append(config)
-        fsdp = CHIPS if config.mesh.fsdp == -1 else config.mesh.fsdp
+        fsdp = config.mesh.fsdp
         at_once = (config.microbatch or config.data.global_batch) / CHIPS
-        pair = self.pair * (0.25 if config.model.remat == "full" else 1) * (1.5 if at_once > self.bend else 1)
+        share = {"attention": 0.5, "full": 0.25}.get(config.model.remat, 1)
+        pair = self.pair * share * (1.5 if at_once > self.bend else 1)
         parameters, temporaries = self.state // fsdp, int(at_once * pair)
         return plan_of(config, parameters, temporaries, {"data": CHIPS // fsdp, "fsdp": fsdp, "tensor": 1})
 

@@ -4,6 +4,7 @@ import pytest
 from plans import CHIPS, FakeCompiler
 
 from clip_jax.config import Config, DataConfig, MeshConfig, ModelConfig
+from clip_jax.errors import UserError
 from clip_jax.planning import search
 from clip_jax.planning.topology import GENERATIONS, GiB
 
@@ -66,9 +67,16 @@ def tried(compiler: FakeCompiler, start: Config) -> list[search.Remedy]:
 
 
 def test_activations_that_are_too_large_are_computed_again():
-    (remedy,) = tried(FakeCompiler(pair=400 * 2**20), config())
+    *before, remedy = tried(FakeCompiler(pair=480 * 2**20), config())
+    assert [one.flags() for one in before] == ["--config.model.remat=attention"]
     assert remedy.plan.fits
     assert remedy.flags() == "--config.model.remat=full"
+
+
+def test_no_more_is_computed_again_than_is_needed():
+    (remedy,) = tried(FakeCompiler(pair=250 * 2**20), config())
+    assert remedy.plan.fits
+    assert remedy.flags() == "--config.model.remat=attention"
 
 
 def test_parameters_that_are_too_large_are_split_and_the_rest_is_not_compiled_in_vain():
@@ -76,6 +84,7 @@ def test_parameters_that_are_too_large_are_split_and_the_rest_is_not_compiled_in
     (remedy,) = tried(compiler, config())
     assert remedy.plan.fits
     assert remedy.plan.mesh["fsdp"] == CHIPS
+    assert remedy.plan.remat == "none"
     assert len(compiler.asked) == 2
 
 
@@ -83,6 +92,7 @@ def test_a_microbatch_comes_last_and_is_as_large_as_it_can_be():
     remedies = tried(FakeCompiler(pair=8 * GiB), config(24))
     *before, last = remedies
     assert [list(remedy.changes) for remedy in before] == [
+        ["model.remat"],
         ["model.remat"],
         ["model.remat", "mesh.data", "mesh.fsdp"],
     ]
@@ -105,6 +115,17 @@ def test_a_microbatch_that_is_too_large_becomes_smaller():
 def test_when_nothing_helps_the_last_attempt_is_not_said_to_fit():
     remedies = tried(FakeCompiler(pair=2**20, state=200 * GiB), config())
     assert not any(remedy.plan.fits for remedy in remedies)
+
+
+def test_parameters_are_split_no_further_than_the_model_can_be():
+    def narrow(config: Config):
+        if config.mesh.fsdp > 8:
+            raise UserError("a width of 1,664 cannot be split")
+        return compiler(config)
+
+    compiler = FakeCompiler(pair=2**20, state=10 * GiB)
+    (remedy,) = search.remedies(config(), compiler(config()), narrow)
+    assert remedy.flags() == "--config.mesh.data=2 --config.mesh.fsdp=8"
 
 
 def test_changes_go_through_the_configs_rules():
