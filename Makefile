@@ -3,6 +3,7 @@
 # make test-full    everything, the full-size and long cases too
 # make test-latest  all that needs no PyTorch, on the newest JAX (needs a Python of 3.12 or later)
 # make benchmark    beside OpenAI's own code, the memory of conversions, and the loss in both forms (a few minutes)
+# make plans        what the shipped configs take on their TPU slices, into docs/scaling.md (minutes a config)
 # make lint         ruff
 # make clean        removes what these have set up, and leaves your runs
 # Each sets up what it needs, in folders that begin with .venv. Tests run in two processes; JOBS=1 makes it one.
@@ -26,7 +27,7 @@ DATASET := tfds:captioned_digits:test
 ORACLES := "torch==2.13.0" "setuptools<81" regex tqdm packaging "transformers==5.23.0" sentencepiece protobuf
 ORACLES_NO_DEPS := "torchvision==0.28.0" clip-anytorch "open_clip_torch==3.3.0" "timm==1.0.31"
 
-.PHONY: quickstart test test-full test-latest benchmark lint clean
+.PHONY: quickstart test test-full test-latest benchmark plans lint clean
 
 quickstart: $(VENV)/.ready
 	$(VENV)/bin/python train.py --config=configs/quickstart.py --workdir=$(WORKDIR)
@@ -51,6 +52,9 @@ benchmark: $(VENV_TEST)/.ready
 	$(VENV_TEST)/bin/python benchmarks/openai_clip.py
 	$(VENV_TEST)/bin/python benchmarks/conversion_memory.py
 	$(VENV_TEST)/bin/python benchmarks/contrastive_loss.py
+
+plans: $(VENV_TEST)/.ready
+	$(VENV_TEST)/bin/python -m clip_jax.planning.table --target=docs/scaling.md
 
 lint: $(VENV_TEST)/.ready
 	$(VENV_TEST)/bin/python -m ruff check .
