@@ -16,7 +16,8 @@ FLOAT32_STEPS = {"vit": 20, "resnet": 5}  # batch norm amplifies rounding: beyon
 def run(processes: int, cases: list[Case]) -> list[list[dict]]:
     """Returns, for each process, what it found in each case, on eight devices in all."""
     port, script = free_port(), str(ROOT / "tests" / "training" / "mesh_losses.py")
-    started = [start([script, *map(str, (port, processes, i, 8 // processes))]) for i in range(processes)]
+    alone = {"JAX_ENABLE_COMPILATION_CACHE": "true"} if processes == 1 else {}
+    started = [start([script, *map(str, (port, processes, i, 8 // processes))], **alone) for i in range(processes)]
     ends = finish(started, json.dumps([dataclasses.asdict(case) for case in cases]))
     for code, _, errors in ends:
         assert code == 0, errors
