@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PATIENCE = 400  # seconds for what takes half a minute on a quiet machine
+PATIENCE = 900  # seconds for what takes one or two minutes on a quiet machine
 
 
 def free_port() -> int:
