@@ -4,6 +4,7 @@ JAX finds the others by itself where the launcher says who they are; elsewhere t
 before it joins: what asks for a device earlier would have devices of its own.
 """
 
+import atexit
 import contextlib
 import dataclasses
 import hashlib
@@ -131,7 +132,7 @@ def joined(cluster: Cluster) -> Iterator[None]:
     try:
         yield
     except UserError:
-        _leave()
+        atexit.register(_leave)  # once it is said: if no other process has found it, that takes a while
         raise
     _leave()
 

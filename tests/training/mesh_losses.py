@@ -8,7 +8,6 @@ the equality of meshes is proven where nothing hides behind rounding.
 
 import dataclasses
 import json
-import os
 import sys
 
 import jax
@@ -97,7 +96,6 @@ def losses_of(case: Case) -> tuple[list[float], list[int]]:
 
 
 def main(port: str, processes: str, process: str, devices: str) -> None:
-    os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # compiling takes all the time
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", int(devices))
     cluster = distributed.find(f"127.0.0.1:{port}", int(processes), int(process), {})

@@ -66,24 +66,13 @@ def whole(data_dir, tmp_path_factory) -> Path:
     return workdir
 
 
-@pytest.mark.parametrize(
-    ("victim", "number"),
-    [
-        (0, signal.SIGKILL),  # the coordinator
-        pytest.param(1, signal.SIGKILL, marks=pytest.mark.full),
-        pytest.param(1, signal.SIGSTOP, marks=pytest.mark.full),  # as one that cannot be reached any more
-    ],
-)
-def test_a_process_that_dies_ends_the_other_with_words_and_the_run_goes_on_from_its_checkpoint(
-    victim, number, whole, data_dir, tmp_path
-):
-    processes = run(tmp_path, data_dir)
-    wait_until_between_checkpoints(tmp_path, processes)
-    worker = worker_of(processes[victim])
-    os.kill(worker, number)
+def die(workdir: Path, data_dir: Path, victim: int, number: int) -> None:
+    """Sends a signal to one process between two checkpoints, and checks what becomes of the other."""
+    processes = run(workdir, data_dir)
+    wait_until_between_checkpoints(workdir, processes)
+    os.kill(worker_of(processes[victim]), number)
     asked = time.monotonic()
-    other = processes[1 - victim]
-    ((code, _, said),) = finish([other])
+    ((code, _, said),) = finish([processes[1 - victim]])
     seconds = time.monotonic() - asked
     print(f"{signal.Signals(number).name} of process {victim}: the other ended after {seconds:.1f} s")
     processes[victim].kill()  # and with it the one that was stopped
@@ -91,10 +80,24 @@ def test_a_process_that_dies_ends_the_other_with_words_and_the_run_goes_on_from_
     assert seconds < 60
     assert code == 1
     assert "because another process of the run died or could not be reached" in said
-    assert f"The last checkpoint is {tmp_path}/checkpoints/" in said
+    assert f"The last checkpoint is {workdir}/checkpoints/" in said
     assert "start all processes again with the same command, and the run goes on from there" in said
-    assert len(losses(tmp_path)) < STEPS, "killed too late to show anything"
 
+
+def test_the_first_process_dies_and_the_other_ends_with_words(data_dir, tmp_path):
+    die(tmp_path, data_dir, 0, signal.SIGKILL)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("victim", "number"),
+    [(0, signal.SIGKILL), (1, signal.SIGKILL), (1, signal.SIGSTOP)],  # stopped: as one that cannot be reached any more
+)
+def test_a_run_of_which_a_process_died_goes_on_from_its_checkpoint_as_if_nothing_had_happened(
+    victim, number, whole, data_dir, tmp_path
+):
+    die(tmp_path, data_dir, victim, number)
+    assert len(losses(tmp_path)) < STEPS, "killed too late to show anything"
     ends = finish(run(tmp_path, data_dir))
     assert [code for code, *_ in ends] == [0, 0], ends
     assert "resumed at step" in ends[0][2]
