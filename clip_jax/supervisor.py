@@ -19,7 +19,7 @@ from clip_jax.distributed import Cluster
 from clip_jax.errors import UserError
 
 LOST = 75  # how the working process says that it lost another: EX_TEMPFAIL
-JOINED = b"joined"
+JOINED, MISTAKEN = b"j", b"m"  # what else it says, through a socket: that it has joined; that it found a mistake
 
 
 @contextlib.contextmanager
@@ -38,6 +38,7 @@ def watched(cluster: Cluster | None, workdir: Path) -> Iterator[None]:
             link.send(JOINED)
             yield
     except UserError:
+        link.send(MISTAKEN)
         raise
     except KeyboardInterrupt:
         _exit(130, "interrupted")
@@ -74,13 +75,13 @@ def _fork(cluster: Cluster, workdir: Path) -> socket.socket:
     sys.exit(_told(code, _received(ours), cluster, workdir))
 
 
-def _received(link: socket.socket) -> bool:
-    """Returns whether the working process, now gone, had joined the others."""
+def _received(link: socket.socket) -> bytes:
+    """Returns what the working process, now gone, had said."""
     link.setblocking(False)
     try:
-        return link.recv(len(JOINED)) == JOINED
+        return link.recv(100)
     except (BlockingIOError, ConnectionError):  # a process of its own may hold the other end still
-        return False
+        return b""
 
 
 def _die_with_the_other(link: socket.socket) -> None:
@@ -90,14 +91,16 @@ def _die_with_the_other(link: socket.socket) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _told(code: int, joined: bool, cluster: Cluster, workdir: Path) -> int:
+def _told(code: int, said: bytes, cluster: Cluster, workdir: Path) -> int:
     """Returns the exit code for the world, having said what has happened."""
+    if MISTAKEN in said:  # it has told the user, and may have died while it waited for the others to find it, too
+        return 2
     if code in (0, 2, 130):
         return code
     if code == -signal.SIGTERM:
         print(f"stopped by SIGTERM; {_way_on(workdir)}", file=sys.stderr)
         return 128 + signal.SIGTERM
-    print(f"error: {_reason(code, joined, cluster)}.\n{_way_on(workdir)}", file=sys.stderr, flush=True)
+    print(f"error: {_reason(code, JOINED in said, cluster)}.\n{_way_on(workdir)}", file=sys.stderr, flush=True)
     return 1
 
 

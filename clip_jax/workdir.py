@@ -51,6 +51,8 @@ class Workdir:
 
     def latest_step(self) -> int | None:
         """Returns the step of the last checkpoint, by its folder's name, which an unfinished one does not have."""
+        if not self.is_claimed():
+            return None
         steps = [int(path.name) for path in self.checkpoints.glob("*") if path.name.isdecimal()]
         return max(steps, default=None)
 

@@ -50,6 +50,7 @@ def test_every_end_has_its_code_and_words(block, code, words):
 def test_the_last_checkpoint_is_named_and_an_unfinished_one_is_not(tmp_path):
     for name in ("4", "12", "16.orbax-checkpoint-tmp"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    (tmp_path / "config.json").touch()
     _, errors = ended("os.abort()", tmp_path)
     assert f"The last checkpoint is {tmp_path}/checkpoints/12: start all processes again" in errors
 

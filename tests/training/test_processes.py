@@ -70,12 +70,14 @@ def die(workdir: Path, data_dir: Path, victim: int, number: int) -> None:
     """Sends a signal to one process between two checkpoints, and checks what becomes of the other."""
     processes = run(workdir, data_dir)
     wait_until_between_checkpoints(workdir, processes)
-    os.kill(worker_of(processes[victim]), number)
+    worker = worker_of(processes[victim])
+    os.kill(worker, number)
     asked = time.monotonic()
     ((code, _, said),) = finish([processes[1 - victim]])
     seconds = time.monotonic() - asked
     print(f"{signal.Signals(number).name} of process {victim}: the other ended after {seconds:.1f} s")
-    processes[victim].kill()  # and with it the one that was stopped
+    if number == signal.SIGSTOP:
+        os.kill(worker, signal.SIGKILL)
     finish([processes[victim]])
     assert seconds < 60
     assert code == 1
