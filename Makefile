@@ -54,7 +54,7 @@ benchmark: $(VENV_TEST)/.ready
 	$(VENV_TEST)/bin/python benchmarks/contrastive_loss.py
 
 plans: $(VENV_TEST)/.ready
-	$(VENV_TEST)/bin/python -m clip_jax.planning.table --target=docs/scaling.md
+	$(VENV_TEST)/bin/python -m clip_jax.planning.table --page=docs/scaling.md
 
 lint: $(VENV_TEST)/.ready
 	$(VENV_TEST)/bin/python -m ruff check .

@@ -18,7 +18,7 @@ GENERATION = flags.DEFINE_string("generation", "v5p", "of TPU: v4, v5e, v5p, v6e
 BATCHES = flags.DEFINE_list("batches", ["4096", "16384", "65536", "262144", "1048576"], "global batches")
 CHIPS = flags.DEFINE_list("chips", ["8", "64", "512", "2048"], "sizes of slices")
 LOSS = flags.DEFINE_enum("loss", "softmax", ["softmax", "sigmoid"], "which loss")
-VARIANT = flags.DEFINE_string("variant", "ViT-L/14", "whose towers stand beside it, and its embed_dim")
+TOWERS = flags.DEFINE_string("towers", "ViT-L/14", "whose towers stand beside it, and its embed_dim")
 TOWERS_MFU = flags.DEFINE_float("towers_mfu", 0.4, "share of the peak that the towers are taken to reach")
 
 PASSES = 6  # products of bfloat16 that a product of float32 at full precision is made of
@@ -145,14 +145,14 @@ def main() -> None:
     from clip_jax.errors import nearest
     from clip_jax.models.variants import VARIANTS
 
-    if VARIANT.value not in VARIANTS:
-        raise UserError(f"--variant={VARIANT.value}: no such model{nearest(VARIANT.value, VARIANTS)}")
+    if TOWERS.value not in VARIANTS:
+        raise UserError(f"--towers={TOWERS.value}: no such model{nearest(TOWERS.value, VARIANTS)}")
     progress = rich.console.Console(stderr=True)
     print(HEAD, flush=True)
     for batch in batches:
         for place in places:
             with progress.status(f"compiling the loss of {batch:,} pairs for {place.name}"):
-                grown = measure(place, batch, LOSS.value, VARIANT.value, TOWERS_MFU.value)
+                grown = measure(place, batch, LOSS.value, TOWERS.value, TOWERS_MFU.value)
             print(row(grown), flush=True)
 
 

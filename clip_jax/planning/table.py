@@ -1,8 +1,8 @@
 """The plans of all configs that say for which slice they are, as the table of docs/scaling.md.
 
-    python -m clip_jax.planning.table [--target=docs/scaling.md] [--configs=configs]
+    python -m clip_jax.planning.table [--page=docs/scaling.md] [--configs=configs]
 
-A config says so in its header: "Hardware: v5e:16x16". Without --target the table is printed; with it, it takes the
+A config says so in its header: "Hardware: v5e:16x16". Without --page the table is printed; with it, it takes the
 place of what is between the marks "<!-- plans -->" and "<!-- /plans -->" of that file. Minutes a large model.
 """
 
@@ -18,7 +18,7 @@ from clip_jax.planning import topology
 from clip_jax.planning.topology import Topology
 
 CONFIGS = flags.DEFINE_string("configs", "configs", "the folder of configs")
-TARGET = flags.DEFINE_string("target", None, "a Markdown file with the two marks; None: print the table")
+PAGE = flags.DEFINE_string("page", None, "a Markdown file with the two marks; None: print the table")
 
 BEGIN, END = "<!-- plans -->", "<!-- /plans -->"
 
@@ -39,7 +39,7 @@ def between_marks(text: str, table: str, name: str) -> str:
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
-        raise UserError(f"--target={name} has no place for the table: the lines {BEGIN} and {END}")
+        raise UserError(f"--page={name} has no place for the table: the lines {BEGIN} and {END}")
     return f"{before}{begin}\n{table}\n{end}{after}"
 
 
@@ -48,11 +48,11 @@ def main() -> None:
     places = {file: place for file in files if (place := slice_of(file)) is not None}
     if not places:
         raise UserError(f"--configs={CONFIGS.value}: no config there says in its header for which slice it is")
-    if TARGET.value is not None:
-        target = Path(TARGET.value)
+    if PAGE.value is not None:
+        target = Path(PAGE.value)
         if not target.is_file():
-            raise UserError(f"--target={TARGET.value}: no such file")
-        between_marks(target.read_text(encoding="utf-8"), "", TARGET.value)  # refused before an hour's work, not after
+            raise UserError(f"--page={PAGE.value}: no such file")
+        between_marks(target.read_text(encoding="utf-8"), "", PAGE.value)  # refused before an hour's work, not after
     topology.prepare_environment()  # before jax is there
     import rich.console
 
@@ -66,10 +66,10 @@ def main() -> None:
         progress.print(f"{file.stem}: {verdict(plan)} [compiled in {plan.compile_seconds:.0f} s]", markup=False)
         lines.append(markdown_row(plan, f"`{file.stem}`"))
     table = "\n".join(lines)
-    if TARGET.value is None:
+    if PAGE.value is None:
         print(table)
     else:
-        text = between_marks(target.read_text(encoding="utf-8"), table, TARGET.value)
+        text = between_marks(target.read_text(encoding="utf-8"), table, PAGE.value)
         with whole(target) as file:
             file.write_text(text, encoding="utf-8")
 

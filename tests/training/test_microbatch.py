@@ -1,5 +1,6 @@
 """The towers part by part: the gradients of the whole batch, in a fraction of its memory."""
 
+import functools
 import re
 
 import jax
@@ -35,6 +36,7 @@ def mesh_of(*sizes: int) -> jax.sharding.Mesh:
     return sharding.make_mesh(MeshConfig(*sizes), jax.devices()[: np.prod(sizes)])
 
 
+@functools.cache
 def compiled(mesh: jax.sharding.Mesh, parts: int, dtype: str) -> tuple[jax.stages.Compiled, tuple]:
     """Returns the program of the loss's value and gradients, with half of the patches dropped; and its arguments."""
     definition = Definition(VIT, dtype=dtype, patch_dropout=0.5)
@@ -72,6 +74,7 @@ def test_gradients_of_8_parts_are_those_of_the_whole_batch_in_float64(x64, sizes
     assert_equal(value_and_gradients(mesh_of(*sizes), 8, "float64"), whole, 1e-12)
 
 
+@pytest.mark.full
 def test_gradients_of_8_parts_are_those_of_the_whole_batch_in_float32():
     mesh = mesh_of(1, 1, 1)
     assert_equal(value_and_gradients(mesh, 8, "float32"), value_and_gradients(mesh, 1, "float32"), 5e-6)
