@@ -105,9 +105,14 @@ def two_slices(module_patch):
     pytest.importorskip("libtpu")
     from jax.experimental import topologies
 
-    for name, value in {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}.items():
+    environment = {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # there are no chips that two processes could fight for
+    }
+    for name, value in environment.items():
         module_patch.setenv(name, value)
-    module_patch.setenv("TPU_ACCELERATOR_TYPE", "v5litepod-8")
     return topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2", num_slices=2).devices
 
 
