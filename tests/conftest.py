@@ -2,7 +2,9 @@
 
 import os
 
-os.environ["JAX_PLATFORMS"] = "cpu"  # for the processes that tests start, too
+# For the processes that tests start, too.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["PJRT_NPROC"] = "64"  # threads of XLA: where a device waits for the others, it waits in one of them
 
 from collections.abc import Iterator
 from pathlib import Path
