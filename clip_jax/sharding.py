@@ -72,10 +72,11 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     sizes = _mesh_sizes(config, len(devices))
     types = (jax.sharding.AxisType.Auto,) * len(AXES)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if slices == 1:
-        return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)
-    if devices[0].platform != "tpu":  # a GPU's "slice" is its host; a host's GPUs are neighbours as they come
+    if devices[0].platform != "tpu":  # neighbours as they come; a GPU's "slice" is its host
         return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=types)
+    if slices == 1:
+        placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+        return Mesh(placed, AXES, axis_types=types)
     data, *within = sizes
     if data % slices:
         fits = [shape for shape in _shapes(len(devices)) if shape[0] % slices == 0]

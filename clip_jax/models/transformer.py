@@ -127,9 +127,8 @@ def run(blocks: Block, pieces: Pieces, compute: Compute, at_B: Int[jax.Array, " 
         return stay(block(stay(pieces, compute)), compute), None
 
     if REMAT[compute.remat] is not None:
-        apply = jax.checkpoint(
-            apply, policy=REMAT[compute.remat], prevent_cse=False
-        )  # a scan keeps the two passes apart
+        # The scan keeps the two passes apart: nothing else has to.
+        apply = jax.checkpoint(apply, policy=REMAT[compute.remat], prevent_cse=False)
     pieces = jax.lax.scan(apply, pieces, blocks)[0]
     return pieces if at_B is None else tuple(take(x, at_B) for x in pieces)
 

@@ -5,6 +5,7 @@ does by itself what is known as gradient caching, with exactly the gradients of 
 tell: its batch is the part, over all devices.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -73,7 +74,7 @@ def _one_after_the_other(
     def join(x: jax.Array) -> jax.Array:
         return stay(stay(x, 1).swapaxes(0, 1), 0).reshape(-1, *x.shape[2:])
 
-    @jax.checkpoint
+    @functools.partial(jax.checkpoint, prevent_cse=False)  # a scan keeps the two passes apart
     def one(statistics: Params, part: tuple) -> tuple[Params, Embeddings]:
         embeddings, statistics = encode(Weights(weights.params, statistics), *part, placed)
         return statistics, embeddings

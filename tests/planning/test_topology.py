@@ -1,10 +1,13 @@
 """Slices by name, what libtpu thinks of them, and names that are none."""
 
 import importlib.util
+import itertools
 import math
 
 import pytest
 
+from clip_jax import sharding
+from clip_jax.config import MeshConfig
 from clip_jax.errors import UserError
 from clip_jax.planning import topology
 from clip_jax.planning.hlo import Collective
@@ -62,6 +65,19 @@ def test_without_libtpu_it_is_said_what_to_install(monkeypatch):
 def test_libtpu_has_a_device_for_every_chip_of_a_slice(name):
     place = topology.parse(name)
     assert len({tuple(device.coords) for device in topology.devices(place)}) == place.chips
+
+
+@needs_libtpu
+@pytest.mark.parametrize("name", ["v4:4x4x4", "v5e:8x16", "v5p:4x4x12", "v5p:8x8x8", "v6e:16x16"])
+def test_every_mesh_that_multiplies_to_the_chips_is_laid_out_on_a_slice(name):
+    """Also where an axis is no product of sides: 32 of 8x8x8."""
+    devices = topology.devices(topology.parse(name))
+    divisors = [n for n in range(1, len(devices) + 1) if len(devices) % n == 0]
+    for fsdp, tensor in itertools.product(divisors, divisors):
+        if len(devices) % (fsdp * tensor) == 0:
+            mesh = sharding.make_mesh(MeshConfig(-1, fsdp, tensor), devices)
+            assert mesh.devices.shape == (len(devices) // (fsdp * tensor), fsdp, tensor)
+            assert len(set(mesh.devices.flat)) == len(devices)
 
 
 @needs_libtpu
