@@ -101,7 +101,7 @@ class DataConfig(Checked):
 
 @dataclasses.dataclass
 class OptimConfig(Checked):
-    """AdamW with linear warm-up and cosine decay to zero; the defaults are the CLIP paper's for a ViT (table 19)."""
+    """AdamW with linear warm-up and cosine decay to zero; the defaults are the CLIP paper's for a ViT (tables 18, 20)."""
 
     learning_rate: float = 5e-4  # at the end of the warm-up
     warmup_steps: int = 2000

@@ -15,8 +15,9 @@ from clip_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimCo
 
 def get_config() -> Config:
     return Config(
-        model=ModelConfig(variant="ViT-B/32", compute_dtype="bfloat16", remat="attention"),
-        data=DataConfig(train=None, global_batch=4096, num_threads=16, num_workers=8),
+        # OpenCLIP's name: GELU. OpenAI's ViT-B/32 is the same with QuickGELU.
+        model=ModelConfig(variant="ViT-B-32", compute_dtype="bfloat16", remat="attention"),
+        data=DataConfig(train=None, global_batch=4096, num_threads=2, num_workers=16),
         optim=OptimConfig(learning_rate=5e-4, warmup_steps=500, weight_decay=0.2),
         mesh=MeshConfig(data=8),
         total_steps=31_250,

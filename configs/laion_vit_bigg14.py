@@ -17,10 +17,10 @@ from clip_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimCo
 def get_config() -> Config:
     return Config(
         model=ModelConfig(variant="ViT-bigG-14", compute_dtype="bfloat16", remat="attention", patch_dropout=0.5),
-        data=DataConfig(train=None, global_batch=163_840, num_threads=16, num_workers=8),
+        data=DataConfig(train=None, global_batch=163_840, num_threads=2, num_workers=16),
         optim=OptimConfig(learning_rate=2e-3, warmup_steps=13_000, weight_decay=0.2, b2=0.95),
         mesh=MeshConfig(data=16, fsdp=32),
         total_steps=207_520,
         log_every=100,
-        checkpoint_every=1000,
+        checkpoint_every=100,
     )

@@ -1,4 +1,4 @@
-"""RN50, as in OpenAI's paper (arXiv 2103.00020, section 2.5 and tables 19 and 20).
+"""RN50, as in OpenAI's paper (arXiv 2103.00020, section 2.5 and tables 18 and 19).
 
     python train.py --config=configs/openai_rn50.py --workdir=/shared/openai_rn50 \\
         --config.data.train=tfds:NAME:SPLIT
@@ -17,10 +17,10 @@ from clip_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimCo
 def get_config() -> Config:
     return Config(
         model=ModelConfig(variant="RN50", compute_dtype="bfloat16", remat="full"),
-        data=DataConfig(train=None, global_batch=32_768, num_threads=16, num_workers=8),
+        data=DataConfig(train=None, global_batch=32_768, num_threads=2, num_workers=16),
         optim=OptimConfig(learning_rate=5e-4, warmup_steps=2000, weight_decay=0.2, b2=0.999, eps=1e-8),
         mesh=MeshConfig(data=8, fsdp=8),
         total_steps=390_625,
         log_every=100,
-        checkpoint_every=2000,
+        checkpoint_every=500,
     )

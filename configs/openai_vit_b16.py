@@ -1,4 +1,4 @@
-"""ViT-B/16, as in OpenAI's paper (arXiv 2103.00020, section 2.5 and tables 19 and 20).
+"""ViT-B/16, as in OpenAI's paper (arXiv 2103.00020, section 2.5 and tables 18 and 20).
 
     python train.py --config=configs/openai_vit_b16.py --workdir=/shared/openai_vit_b16 \\
         --config.data.train=tfds:NAME:SPLIT
@@ -17,10 +17,10 @@ from clip_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimCo
 def get_config() -> Config:
     return Config(
         model=ModelConfig(variant="ViT-B/16", compute_dtype="bfloat16", remat="attention"),
-        data=DataConfig(train=None, global_batch=32_768, num_threads=16, num_workers=8),
+        data=DataConfig(train=None, global_batch=32_768, num_threads=2, num_workers=16),
         optim=OptimConfig(learning_rate=5e-4, warmup_steps=2000, weight_decay=0.2),
         mesh=MeshConfig(data=16, fsdp=16),
         total_steps=390_625,
         log_every=100,
-        checkpoint_every=2000,
+        checkpoint_every=500,
     )

@@ -19,10 +19,10 @@ from clip_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimCo
 def get_config() -> Config:
     return Config(
         model=ModelConfig(variant="ViT-L/14@336px", compute_dtype="bfloat16", remat="attention"),
-        data=DataConfig(train=None, global_batch=32_768, num_threads=16, num_workers=8),
+        data=DataConfig(train=None, global_batch=32_768, num_threads=2, num_workers=16),
         optim=OptimConfig(learning_rate=2e-5, warmup_steps=2000, weight_decay=0.2),
         mesh=MeshConfig(data=16, fsdp=16),
         total_steps=12_207,
         log_every=100,
-        checkpoint_every=2000,
+        checkpoint_every=500,
     )

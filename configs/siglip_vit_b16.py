@@ -17,10 +17,10 @@ from clip_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimCo
 def get_config() -> Config:
     return Config(
         model=ModelConfig(variant="ViT-B-16-SigLIP", compute_dtype="bfloat16", remat="attention"),
-        data=DataConfig(train=None, global_batch=32_768, num_threads=16, num_workers=8),
+        data=DataConfig(train=None, global_batch=32_768, num_threads=2, num_workers=16),
         optim=OptimConfig(learning_rate=1e-3, warmup_steps=20_000, weight_decay=1e-4, b2=0.95, clip_norm=1.0),
         mesh=MeshConfig(data=8, fsdp=8),
         total_steps=1_220_703,
         log_every=100,
-        checkpoint_every=5000,
+        checkpoint_every=1000,
     )
