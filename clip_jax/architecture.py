@@ -99,6 +99,10 @@ class ViTTower:
         """Returns how many patches fit; what is left of the pixels at the right and below is not seen."""
         return (self.image_size // self.patch_size) ** 2
 
+    def patches_kept(self, dropped: float) -> int:
+        """Returns how many patches of an image are left when a share of them is dropped; one at least."""
+        return max(1, int(self.num_patches * (1 - dropped)))
+
     def check_divided(self) -> None:
         """Raises UserError where some pixels are not seen; one released model has such a size, nobody else wants it."""
         _check_multiple(self.image_size, self.patch_size, f"patch_size={self.patch_size}")

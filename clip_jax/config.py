@@ -53,8 +53,8 @@ class ModelConfig(Checked):
     context_length: int | None = None  # None: the variant's own
     tokenizer: str | None = None  # a tokenizer.json, for a variant whose tokenizer is in a file; the run keeps a copy
     compute_dtype: str = "float32"  # parameters are float32 whatever this says
-    # What the backward pass computes again: nothing (none), all but products (dots), all but attention's results
-    # (attention), all (full).
+    # What the backward pass computes again: nothing (none), all but products with weights (dots), all but attention's
+    # results and the norms' statistics (attention), all (full).
     remat: str = "none"
     attention: str = "auto"  # whose kernels compute it; auto: cuDNN's on a GPU where they accept, XLA's elsewhere
     patch_dropout: float = 0.0  # share of an image's patches that a ViT does not see in training (arXiv 2212.00794)
@@ -71,7 +71,7 @@ class ModelConfig(Checked):
 class LossConfig(Checked):
     """In which form the loss is computed; which loss it is, the model's `logit_bias` says."""
 
-    form: str = "auto"  # dense: all logits at once; ring: in tiles, around the devices; auto: see clip_jax/losses.py
+    form: str = "auto"  # dense: all logits at once; ring: in tiles, around the devices; auto: see losses.ring_for
     tile: int | None = None  # rows and columns of logits at once in the ring; None: at most 1024, of equal size
 
     def check(self) -> None:
@@ -88,7 +88,7 @@ class DataConfig(Checked):
     data_dir: str | None = None  # where TFDS keeps its data sets; None: TFDS's own choice (~/tensorflow_datasets)
     global_batch: int = 256  # pairs a step, over all devices of all hosts
     crop_scale: tuple[float, float] = (0.9, 1.0)  # share of the area that a random square keeps, where the shape allows
-    num_threads: int = 2  # that read and decode, on each host
+    num_threads: int = 2  # that read and decode, each two batches ahead; of each worker, where there are workers
     num_workers: int = 0  # processes beside the training process, on each host
 
     def check(self) -> None:
@@ -101,7 +101,7 @@ class DataConfig(Checked):
 
 @dataclasses.dataclass
 class OptimConfig(Checked):
-    """AdamW with linear warm-up and cosine decay to zero; the defaults are the CLIP paper's for a ViT (tables 18, 20)."""
+    """AdamW with linear warm-up and cosine decay to zero; the defaults are the CLIP paper's ViT's (tables 18, 20)."""
 
     learning_rate: float = 5e-4  # at the end of the warm-up
     warmup_steps: int = 2000
@@ -171,7 +171,7 @@ class Config(Checked):
 FREE_ON_RESUME = (
     "mesh",
     "loss",
-    "microbatch",
+    "microbatch",  # but not a ResNet's: batch norm sees each part by itself
     "log_every",
     "checkpoint_every",
     "keep_checkpoints",

@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ ABSENT = -1e30
 
 TILE = 1024  # rows and columns: 4 MB of logits, which stay in the cache of a core and fill a matrix unit
 
-DENSE_UP_TO = 4096  # pairs: 64 MB of logits in all
+DENSE_UP_TO = 4096  # pairs: 64 MB of logits, and five times that for what is made of them
 
 HIGHEST = jax.lax.Precision.HIGHEST  # else a TPU multiplies float32 as bfloat16: cosines would be off by 2^-8
 
@@ -45,7 +45,39 @@ class Ring:
     mesh: Mesh
     axes: tuple[str, ...]  # of the mesh: the batch is split over them, and the ring goes around them
     tile: int  # rows and columns of logits that are there at once; a block is padded to a multiple of it
-    precision: jax.lax.Precision = HIGHEST
+
+
+def ring_for(config: LossConfig, mesh: Mesh, axes: tuple[str, ...], global_batch: int) -> Ring | None:
+    """Returns the ring of a run, or None where the loss is dense.
+
+    `auto` is dense up to DENSE_UP_TO pairs, unless a tile is given: what is there at once is a few hundred MB at most,
+    and no device waits for a neighbour.
+
+    Raises:
+        UserError: the tile is larger than what a device has.
+    """
+    form = config.form
+    if form == "auto":
+        form = "dense" if global_batch <= DENSE_UP_TO and config.tile is None else "ring"
+    if form == "dense":
+        return None
+    rows = global_batch // math.prod(mesh.shape[axis] for axis in axes)
+    if config.tile is not None and config.tile > rows:
+        raise UserError(
+            f"loss.tile={config.tile} is larger than a device's block of {rows} pairs "
+            f"(data.global_batch={global_batch} on {dict(mesh.shape)}); leave it out, or make it {rows} at most"
+        )
+    return Ring(mesh, axes, config.tile or tile_of(rows))
+
+
+def tile_of(rows: int) -> int:
+    """Returns the tile that cuts a block of so many rows into equal ones, of TILE at most."""
+    return math.ceil(rows / math.ceil(rows / TILE))
+
+
+def ring_size(ring: Ring) -> int:
+    """Returns the number of devices that the texts pass."""
+    return math.prod(ring.mesh.shape[axis] for axis in ring.axes)
 
 
 def softmax(
@@ -64,7 +96,7 @@ def softmax(
     img_BE, txt_BE, scale = _widened(img_BE, txt_BE, scale, valid_B)
     if ring is not None:
         return _mean(_softmax_costs(ring, img_BE, txt_BE, scale, valid_B), valid_B)
-    cosines_BB = jnp.matmul(img_BE, txt_BE.T, precision=HIGHEST)
+    cosines_BB = _matmul(img_BE, txt_BE.T)
     positive_B = jnp.diagonal(cosines_BB)
     negative_BB = valid_B[:, None] & valid_B & ~jnp.eye(len(valid_B), dtype=bool)
 
@@ -91,7 +123,7 @@ def sigmoid(
     img_BE, txt_BE, scale, bias = *_widened(img_BE, txt_BE, scale, valid_B), bias.astype(img_BE.dtype)
     if ring is not None:
         return _mean(_sigmoid_costs(ring, img_BE, txt_BE, scale, bias, valid_B), valid_B)
-    logits_BB = scale * jnp.matmul(img_BE, txt_BE.T, precision=HIGHEST) + bias
+    logits_BB = scale * _matmul(img_BE, txt_BE.T) + bias
     there_BB = valid_B[:, None] & valid_B
     cost_BB = jax.nn.softplus(jnp.where(jnp.eye(len(valid_B), dtype=bool), -logits_BB, logits_BB))
     return _mean(jnp.where(there_BB, cost_BB, 0).sum(1), valid_B)
@@ -104,14 +136,18 @@ def _widened(img_BE: jax.Array, txt_BE: jax.Array, scale: jax.Array, valid_B: ja
     return img_BE, txt_BE, scale.astype(dtype)
 
 
+def _matmul(x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.matmul(x, y, precision=HIGHEST)
+
+
 def _mean(cost_B: jax.Array, valid_B: jax.Array) -> jax.Array:
     """Returns the mean over valid pairs; 0 where there is none."""
     return jnp.where(valid_B, cost_B, 0).sum() / jnp.maximum(valid_B.sum(), 1)
 
 
 # --- the ring -------------------------------------------------------------------------------------------------------
-# What follows runs on one device: n pairs of its own, cut into R tiles of t. Arrays are [R, t, …]; trees of them are
-# indexed together.
+# What `_on_devices` is given runs on one device: n pairs of its own, cut into R tiles of t. Arrays are [R, t, …]; trees
+# of them are indexed together.
 
 Tree = Any
 
@@ -149,38 +185,6 @@ def _meet_all(
     return jax.lax.scan(hop, carry, jnp.arange(hops))[0][:2]
 
 
-def ring_for(config: LossConfig, mesh: Mesh, axes: tuple[str, ...], global_batch: int) -> Ring | None:
-    """Returns the ring of a run, or None where the loss is dense.
-
-    `auto` is dense up to DENSE_UP_TO pairs: below, all logits are a few MB, and one product is faster than many small.
-
-    Raises:
-        UserError: the tile is larger than what a device has.
-    """
-    form = config.form
-    if form == "auto":
-        form = "dense" if global_batch <= DENSE_UP_TO and config.tile is None else "ring"
-    if form == "dense":
-        return None
-    rows = global_batch // math.prod(mesh.shape[axis] for axis in axes)
-    if config.tile is not None and config.tile > rows:
-        raise UserError(
-            f"loss.tile={config.tile} is larger than a device's block of {rows} pairs "
-            f"(data.global_batch={global_batch} on {dict(mesh.shape)}); leave it out, or make it {rows} at most"
-        )
-    return Ring(mesh, axes, config.tile or tile_of(rows))
-
-
-def tile_of(rows: int) -> int:
-    """Returns the tile that cuts a block of so many rows into equal ones, of TILE at most."""
-    return math.ceil(rows / math.ceil(rows / TILE))
-
-
-def ring_size(ring: Ring) -> int:
-    """Returns the number of devices that the texts pass."""
-    return math.prod(ring.mesh.shape[axis] for axis in ring.axes)
-
-
 def _send(tree: Tree, axes: tuple[str, ...], to: list[tuple[int, int]]) -> Tree:
     return tree if len(to) == 1 else jax.lax.ppermute(tree, axes, to)
 
@@ -193,28 +197,22 @@ def _put(tree: Tree, i: jax.Array, part: Tree) -> Tree:
     return jax.tree.map(lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, i, 0), tree, part)
 
 
-def _on_devices(ring: Ring, function: Callable, *arrays: jax.Array) -> Any:
+def _on_devices(ring: Ring, function: Callable, *arrays: Tree) -> Any:
     """Returns `function` of every device's rows of the arrays, tiled, as rows of global arrays; scalars are given to
     every device."""
-    rows = arrays[0].shape[0] // ring_size(ring)
-    padding = -rows % ring.tile
 
     def tiled(x: jax.Array) -> jax.Array:
-        padded = jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1)) if padding else x  # not valid: False is 0
-        return padded.reshape(-1, ring.tile, *x.shape[1:])
+        if not x.ndim:
+            return x
+        rows = [(0, -len(x) % ring.tile)] + [(0, 0)] * (x.ndim - 1)  # those added are not valid: False is 0
+        return jnp.pad(x, rows).reshape(-1, ring.tile, *x.shape[1:])
 
-    def flat(x: jax.Array) -> jax.Array:
-        return x.reshape(-1, *x.shape[2:])[:rows]
+    def run(*local: Tree) -> Any:
+        rows = len(local[0])
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:rows], function(*jax.tree.map(tiled, local)))
 
-    def run(*local: jax.Array) -> Any:
-        return jax.tree.map(flat, function(*(tiled(x) if x.ndim else x for x in local)))
-
-    in_specs = tuple(P(ring.axes) if x.ndim else P() for x in arrays)
+    in_specs = jax.tree.map(lambda x: P(ring.axes) if x.ndim else P(), arrays)
     return jax.shard_map(run, mesh=ring.mesh, in_specs=in_specs, out_specs=P(ring.axes))(*arrays)
-
-
-def _matmul(ring: Ring, x: jax.Array, y: jax.Array) -> jax.Array:
-    return jnp.matmul(x, y, precision=ring.precision)
 
 
 def _gradients(img_RtE, txt_RtE, scale, own_Rt, img_gradient_RtE, txt_gradient_RtE) -> tuple[jax.Array, ...]:
@@ -229,9 +227,30 @@ def _gradients(img_RtE, txt_RtE, scale, own_Rt, img_gradient_RtE, txt_gradient_R
 
 
 # --- softmax in the ring --------------------------------------------------------------------------------------------
-# A row and a column are known by what their negatives amount to: `top`, the largest margin lᵢⱼ − lᵢᵢ but never below
-# that of the pair itself, which is 0, and `total`, Σ_{j≠i} exp(margin − top). A fixed top would not do: at scale 100
-# margins span 200, and exp in float32 underflows at −104.
+
+
+class Sums(NamedTuple):
+    """What the negatives of rows, or of columns, amount to so far.
+
+    A fixed `top` would not do: at scale 100 margins span 200, and exp in float32 underflows at −104.
+    """
+
+    top: jax.Array  # the largest margin lᵢⱼ − lᵢᵢ, but never below that of the pair itself, which is 0
+    total: jax.Array  # Σ_{j≠i} exp(margin − top)
+
+    def with_more(self, margin_tu: jax.Array, axis: int) -> "Sums":
+        """Returns them with more margins."""
+        top = jnp.maximum(self.top, margin_tu.max(axis))
+        more = jnp.exp(margin_tu - jnp.expand_dims(top, axis)).sum(axis)
+        return Sums(top, self.total * jnp.exp(self.top - top) + more)
+
+    def cost(self) -> jax.Array:
+        """Returns log(1 + Σ exp margin)."""
+        return jnp.where(self.top > 0, self.top + jnp.log(self.total + jnp.exp(-self.top)), jnp.log1p(self.total))
+
+    def weight(self, gradient: jax.Array) -> jax.Array:
+        """Returns what exp(margin − top), times this, gives the gradient of a margin, from that of the cost."""
+        return gradient / (self.total + jnp.exp(-self.top))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -247,58 +266,45 @@ def _softmax_forward(ring: Ring, img_BE, txt_BE, scale, valid_B):
 
         def visit(image, text, there_tu, row, column):
             (img_tE, positive_t), (txt_uE, positive_u) = image, text
-            cosines_tu = _matmul(ring, img_tE, txt_uE.T)
-            row = _with(row, jnp.where(there_tu, scale * (cosines_tu - positive_t[:, None]), ABSENT), axis=1)
-            column = _with(column, jnp.where(there_tu, scale * (cosines_tu - positive_u), ABSENT), axis=0)
+            cosines_tu = _matmul(img_tE, txt_uE.T)
+            row = row.with_more(jnp.where(there_tu, scale * (cosines_tu - positive_t[:, None]), ABSENT), axis=1)
+            column = column.with_more(jnp.where(there_tu, scale * (cosines_tu - positive_u), ABSENT), axis=0)
             return row, column
 
-        sums = (none, none)
+        sums = Sums(none, none)
         row, column = _meet_all(ring, visit, (img_RtE, positive_Rt), (txt_RtE, positive_Rt), valid_Rt, sums, sums)
-        return (_cost(*row) + _cost(*column)) / 2, (positive_Rt, row, column)
+        return (row.cost() + column.cost()) / 2, (positive_Rt, row, column)
 
     cost_B, known = _on_devices(ring, forward, img_BE, txt_BE, valid_B, scale)
     return cost_B, (img_BE, txt_BE, scale, valid_B, known)
 
 
-def _with(sums: tuple[jax.Array, jax.Array], margin_tu: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
-    """Returns (top, total) with more margins."""
-    top, total = sums
-    higher = jnp.maximum(top, margin_tu.max(axis))
-    return higher, total * jnp.exp(top - higher) + jnp.exp(margin_tu - jnp.expand_dims(higher, axis)).sum(axis)
-
-
-def _cost(top: jax.Array, total: jax.Array) -> jax.Array:
-    """Returns log(1 + Σ exp margin)."""
-    return jnp.where(top > 0, top + jnp.log(total + jnp.exp(-top)), jnp.log1p(total))
-
-
 def _softmax_backward(ring: Ring, residuals, cost_gradient_B):
-    img_BE, txt_BE, scale, valid_B, (positive_B, row, column) = residuals
+    img_BE, txt_BE, scale, valid_B, known = residuals
 
-    def backward(img_RtE, txt_RtE, valid_Rt, gradient_Rt, positive_Rt, row_top, row_total, top, total, scale):
-        # exp(margin − top) times this is the gradient of a margin: its share of the softmax, halved, times the pair's.
-        row_weight_Rt = gradient_Rt / 2 / (row_total + jnp.exp(-row_top))
-        weight_Rt = gradient_Rt / 2 / (total + jnp.exp(-top))
+    def backward(img_RtE, txt_RtE, valid_Rt, gradient_Rt, known, scale):
+        positive_Rt, row, column = known
+        row_weight_Rt, column_weight_Rt = row.weight(gradient_Rt / 2), column.weight(gradient_Rt / 2)
 
         def visit(image, text, there_tu, img_gradient_tE, txt_gradient_uE):
-            img_tE, positive_t, row_top_t, row_weight_t = image
+            img_tE, positive_t, top_t, weight_t = image
             txt_uE, positive_u, top_u, weight_u = text
-            cosines_tu = _matmul(ring, img_tE, txt_uE.T)
-            row_tu = jnp.where(there_tu, scale * (cosines_tu - positive_t[:, None]), ABSENT) - row_top_t[:, None]
+            cosines_tu = _matmul(img_tE, txt_uE.T)
+            row_tu = jnp.where(there_tu, scale * (cosines_tu - positive_t[:, None]), ABSENT) - top_t[:, None]
             column_tu = jnp.where(there_tu, scale * (cosines_tu - positive_u), ABSENT) - top_u
-            share_tu = jnp.exp(row_tu) * row_weight_t[:, None] + jnp.exp(column_tu) * weight_u
-            img_gradient_tE = img_gradient_tE + _matmul(ring, share_tu, txt_uE)
-            return img_gradient_tE, txt_gradient_uE + _matmul(ring, share_tu.T, img_tE)
+            share_tu = jnp.exp(row_tu) * weight_t[:, None] + jnp.exp(column_tu) * weight_u
+            img_gradient_tE = img_gradient_tE + _matmul(share_tu, txt_uE)
+            return img_gradient_tE, txt_gradient_uE + _matmul(share_tu.T, img_tE)
 
-        images = (img_RtE, positive_Rt, row_top, row_weight_Rt)
-        texts = (txt_RtE, positive_Rt, top, weight_Rt)
+        images = (img_RtE, positive_Rt, row.top, row_weight_Rt)
+        texts = (txt_RtE, positive_Rt, column.top, column_weight_Rt)
         none_RtE = jnp.zeros_like(img_RtE)
         others = _meet_all(ring, visit, images, texts, valid_Rt, none_RtE, none_RtE)
         # Every margin has the pair's own logit in it, with a minus: what the others gain it loses.
-        own_Rt = -(row_weight_Rt * row_total + weight_Rt * total)
+        own_Rt = -(row_weight_Rt * row.total + column_weight_Rt * column.total)
         return _gradients(img_RtE, txt_RtE, scale, own_Rt, *others)
 
-    arrays = (img_BE, txt_BE, valid_B, cost_gradient_B, positive_B, *row, *column, scale)
+    arrays = (img_BE, txt_BE, valid_B, cost_gradient_B, known, scale)
     img_gradient_BE, txt_gradient_BE, scale_gradient_B = _on_devices(ring, backward, *arrays)
     return img_gradient_BE, txt_gradient_BE, scale_gradient_B.sum(), None
 
@@ -317,9 +323,9 @@ def _sigmoid_costs(ring: Ring, img_BE, txt_BE, scale, bias, valid_B) -> jax.Arra
 
 def _sigmoid_forward(ring: Ring, img_BE, txt_BE, scale, bias, valid_B):
     def forward(img_RtE, txt_RtE, valid_Rt, scale, bias):
-        def visit(img_tE, txt_uE, there_tu, cost_t, _):
-            logits_tu = scale * _matmul(ring, img_tE, txt_uE.T) + bias
-            return cost_t + jax.nn.softplus(jnp.where(there_tu, logits_tu, ABSENT)).sum(1), _
+        def visit(img_tE, txt_uE, there_tu, cost_t, nothing):
+            logits_tu = scale * _matmul(img_tE, txt_uE.T) + bias
+            return cost_t + jax.nn.softplus(jnp.where(there_tu, logits_tu, ABSENT)).sum(1), nothing
 
         own_Rt = scale * (img_RtE * txt_RtE).sum(-1) + bias
         none_Rt = jnp.zeros_like(own_Rt)
@@ -335,10 +341,10 @@ def _sigmoid_backward(ring: Ring, residuals, cost_gradient_B):
     def backward(img_RtE, txt_RtE, valid_Rt, gradient_Rt, scale, bias):
         def visit(image, txt_uE, there_tu, stay, txt_gradient_uE):
             (img_tE, gradient_t), (img_gradient_tE, bias_gradient_t) = image, stay
-            logits_tu = scale * _matmul(ring, img_tE, txt_uE.T) + bias
+            logits_tu = scale * _matmul(img_tE, txt_uE.T) + bias
             share_tu = jax.nn.sigmoid(jnp.where(there_tu, logits_tu, ABSENT)) * gradient_t[:, None]
-            stay = (img_gradient_tE + _matmul(ring, share_tu, txt_uE), bias_gradient_t + share_tu.sum(1))
-            return stay, txt_gradient_uE + _matmul(ring, share_tu.T, img_tE)
+            stay = (img_gradient_tE + _matmul(share_tu, txt_uE), bias_gradient_t + share_tu.sum(1))
+            return stay, txt_gradient_uE + _matmul(share_tu.T, img_tE)
 
         own_Rt = -gradient_Rt * jax.nn.sigmoid(-scale * (img_RtE * txt_RtE).sum(-1) - bias)
         none_Rt, none_RtE = jnp.zeros_like(own_Rt), jnp.zeros_like(img_RtE)

@@ -41,7 +41,7 @@ RULES = (
     Rule(r".*/blocks/mlp/up/bias", P(None, "tensor")),  # [depth F]
     Rule(r".*/blocks/mlp/down/kernel", P(None, "tensor", "fsdp")),  # [depth F D]
     Rule(r"image/patch_embed/kernel", P(None, None, None, "fsdp")),  # [H W C D]
-    Rule(r"image/stem\d/kernel", P()),  # [H W D F]: a few thousand numbers
+    Rule(r"image/stem\d/kernel", P()),  # [H W D F]: 74 thousand numbers at most
     Rule(r"image/stage\d/first/\w+/kernel", P(None, None, None, "fsdp")),  # [H W D F]
     Rule(r"image/stage\d/rest/\w+/kernel", P(None, None, None, None, "fsdp")),  # [depth-1 H W D F]
     Rule(r"image/attention_pool/(query|key|value)/kernel", P("fsdp", "tensor")),  # [D N K]

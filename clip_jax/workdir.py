@@ -13,7 +13,7 @@ import json
 import os
 from pathlib import Path
 
-from clip_jax.architecture import Architecture
+from clip_jax.architecture import Architecture, ResNetTower
 from clip_jax.config import Config, ModelConfig, build, differences
 from clip_jax.errors import UserError
 from clip_jax.files import read_text, write_text
@@ -76,7 +76,10 @@ class Workdir:
         """Raises UserError when the folder belongs to another run; names the fields that differ."""
         if not self.is_claimed():
             return
-        changed = differences(self.config(), config)
+        before = self.config()
+        changed = differences(before, config)
+        if isinstance(architecture.image, ResNetTower) and before.microbatch != config.microbatch:
+            changed.append(f"microbatch, of which batch norm sees each: {before.microbatch} -> {config.microbatch}")
         if not changed and self.architecture() != architecture:
             changed = [f"architecture of {config.model.variant}: {self.architecture()} -> {architecture}"]
         if changed:

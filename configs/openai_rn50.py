@@ -5,8 +5,8 @@
 
 Data: OpenAI's 400 million pairs are not public; name your own, at best as many. 32 epochs of 400 million are
 390,625 steps of 32,768.
-Plan: python -m clip_jax.planning --config=configs/openai_rn50.py --topology=v5e:8x8
-Hardware: 64 TPU v5e chips, v5e:8x8.
+Plan: python -m clip_jax.planning --config=configs/openai_rn50.py --topology=v5e:16x16
+Hardware: a TPU v5e pod of 256 chips, v5e:16x16.
 Time: see the table in docs/scaling.md.
 Result: 59.8 % on ImageNet, zero-shot, is what OpenAI's weights reach on their data. Not run here.
 """
@@ -16,11 +16,11 @@ from clip_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimCo
 
 def get_config() -> Config:
     return Config(
-        model=ModelConfig(variant="RN50", compute_dtype="bfloat16", remat="full"),
+        model=ModelConfig(variant="RN50", compute_dtype="bfloat16"),
         data=DataConfig(train=None, global_batch=32_768, num_threads=2, num_workers=16),
         optim=OptimConfig(learning_rate=5e-4, warmup_steps=2000, weight_decay=0.2, b2=0.999, eps=1e-8),
-        mesh=MeshConfig(data=8, fsdp=8),
+        mesh=MeshConfig(data=16, fsdp=16),
         total_steps=390_625,
         log_every=100,
-        checkpoint_every=500,
+        checkpoint_every=2000,
     )

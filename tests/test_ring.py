@@ -159,7 +159,7 @@ def test_on_8_devices_nothing_is_gathered_and_nothing_as_large_as_a_devices_logi
     text = program.as_text()
     assert "collective-permute" in text
     assert "all-gather" not in text
-    sizes = [np.prod([int(n) for n in dims.split(",")]) for dims in re.findall(r"\bf32\[([\d,]+)\]", text)]
+    sizes = [np.prod([int(n) for n in dims.split(",")]) for dims in re.findall(r"\b[a-z]+\d*\[([\d,]+)\]", text)]
     assert max(sizes) < batch // devices * batch / 8
     assert program.memory_analysis().temp_size_in_bytes <= 0.1e9
 

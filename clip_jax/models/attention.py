@@ -16,9 +16,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from clip_jax.typing import Bool, Float
 
-IMPLEMENTATIONS = ("xla", "cudnn")
 Heads = tuple[Float[jax.Array, "B N _ K"], ...]  # one array for each piece of the sequence
 KEPT = "attention"  # the name by which a rematerialisation policy knows the results
+CUDNN = "dot_product_attention_fwd_wrapper"  # JAX's primitive that computes them by cuDNN's kernels, which have no name
 
 
 @jax.custom_vjp
@@ -40,13 +40,22 @@ def attend_by_cudnn(
 ) -> Float[jax.Array, "B N L K"]:
     """Returns what `attend` returns for a whole sequence, computed by NVIDIA's kernels, which keep no scores either.
 
-    Queries are scaled by the caller.
+    Queries are scaled by the caller. The kernels have no gradients for an odd number of positions: such a sequence gets
+    one more at its end, which none of the others sees.
     """
-    q_BLNK, k_BLNK, v_BLNK = (x.swapaxes(1, 2) for x in (q_BNLK, k_BNLK, v_BNLK))
+    length = q_BNLK.shape[2]
+    even = ((0, 0), (0, length % 2), (0, 0), (0, 0))
+    q_BLNK, k_BLNK, v_BLNK = (jnp.pad(x.swapaxes(1, 2), even) for x in (q_BNLK, k_BNLK, v_BNLK))
+    lengths_B = jnp.full(len(q_BNLK), length, jnp.int32) if length % 2 and not causal else None
     result_BLNK = jax.nn.dot_product_attention(
-        q_BLNK, k_BLNK, v_BLNK, scale=1.0, is_causal=causal, implementation="cudnn"
+        *(q_BLNK, k_BLNK, v_BLNK),
+        scale=1.0,
+        is_causal=causal,
+        query_seq_lengths=lengths_B,
+        key_value_seq_lengths=lengths_B,
+        implementation="cudnn",
     )
-    return checkpoint_name(result_BLNK, KEPT).swapaxes(1, 2)
+    return result_BLNK[:, :length].swapaxes(1, 2)
 
 
 def refused_by_cudnn(shape_NLK: tuple[int, int, int], *, causal: bool, dtype: str, device: jax.Device) -> str | None:

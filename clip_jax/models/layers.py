@@ -90,7 +90,7 @@ class Attention(nnx.Module):
         self.qkv = qkv  # kernel [D, T, N, K]
         self.out = out  # kernel [N, K, D]
         self.causal = causal
-        self.implementation = implementation  # a word of IMPLEMENTATIONS
+        self.implementation = implementation  # "xla" or "cudnn"
 
     def __call__(
         self, pieces: tuple[Float[jax.Array, "B _ D"], ...], at_B: Int[jax.Array, " B"] | None = None

@@ -8,7 +8,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from clip_jax.architecture import TextTower, ViTTower
-from clip_jax.models.attention import KEPT
+from clip_jax.models.attention import CUDNN, KEPT
 from clip_jax.models.layers import MLP, Attention, LayerNorm, Linear, normal, uniform, zeros
 from clip_jax.typing import Float, Int
 
@@ -16,7 +16,9 @@ from clip_jax.typing import Float, Int
 REMAT = {
     "none": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "attention": jax.checkpoint_policies.save_only_these_names(KEPT),  # its results, and what norms divide by
+    "attention": jax.checkpoint_policies.save_from_both_policies(  # its results, and what norms divide by
+        jax.checkpoint_policies.save_only_these_names(KEPT), lambda primitive, *_, **__: primitive.name == CUDNN
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 Pieces = tuple[Float[jax.Array, "B _ D"], ...]  # what a sequence is cut into; together they are the whole
@@ -28,7 +30,7 @@ class Compute:
 
     dtype: str = "float32"  # of activations and products
     remat: str = "none"  # a word of REMAT
-    attention: str = "xla"  # whose kernels compute it: a word of IMPLEMENTATIONS
+    attention: str = "xla"  # whose kernels compute it: "xla" or "cudnn"
     patch_dropout: float = 0.0  # share of an image's patches that are left out in training
     unroll: bool = False  # blocks are compiled one by one, not scanned: for inference on a CPU
     rows: NamedSharding | None = None  # where a batch's rows are to stay between blocks; None: the compiler's choice

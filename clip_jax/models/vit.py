@@ -84,7 +84,8 @@ class ViT(nnx.Module):
         """
         x_BLD = self._embed(image_BHWC)
         if dropout_B is not None and self.compute.patch_dropout:
-            x_BLD = some_patches(x_BLD, dropout_B, self.compute.patch_dropout, first=int(self.tower.class_token))
+            kept = self.tower.patches_kept(self.compute.patch_dropout)
+            x_BLD = some_patches(x_BLD, dropout_B, kept, first=int(self.tower.class_token))
         return project(POOLS[self.tower.pool](self, x_BLD), self.projection)
 
     def states(self, image_BHWC: Float[jax.Array, "B H W C"]) -> list[Float[jax.Array, "B L D"]]:
@@ -101,13 +102,12 @@ class ViT(nnx.Module):
         return x_BLD if self.pre_norm is None else self.pre_norm(x_BLD)
 
 
-def some_patches(x_BLD: Float[jax.Array, "B L D"], keys_B: jax.Array, dropped: float, *, first: int) -> jax.Array:
-    """Returns the states of some patches of each image, drawn by its key, and of all that is before the `first` patch.
+def some_patches(x_BLD: Float[jax.Array, "B L D"], keys_B: jax.Array, kept: int, *, first: int) -> jax.Array:
+    """Returns the states of as many patches of each image, drawn by its key, and of all before the `first` patch.
 
     FLIP (arXiv 2212.00794): positions have been added, so that patches still know where they are.
     """
     patches = x_BLD.shape[1] - first
-    kept = max(1, int(patches * (1 - dropped)))
     drawn_BP = jax.vmap(lambda key: jax.random.permutation(key, patches)[:kept])(keys_B)
     before_BP = jnp.broadcast_to(jnp.arange(first), (len(x_BLD), first))
     at_BL = jnp.concatenate([before_BP, first + drawn_BP], axis=1)
@@ -143,7 +143,7 @@ def both_states(
 
     The two go through the blocks apart, for the number of patches suits the hardware and one more does not
     (models/attention.py). Unrolled, for a batch of one on a CPU, they stay together: weights are read once. So they do
-    for cuDNN, which has its own ways with any number.
+    for cuDNN, which knows no pieces.
     """
     first = int(vit.tower.class_token)
     if vit.compute.unroll or vit.compute.attention == "cudnn" or not first:

@@ -53,7 +53,7 @@ def _image(tower: ImageTower, patch_dropout: float) -> int:
 @_image.register
 def _vit(tower: ViTTower, patch_dropout: float) -> int:
     patches = tower.num_patches
-    seen = max(1, int(patches * (1 - patch_dropout))) if patch_dropout else patches
+    seen = tower.patches_kept(patch_dropout)
     embed = patches * 3 * tower.patch_size**2 * tower.width
     blocks = tower.depth * _block(seen + tower.class_token, tower.width, tower.mlp_dim)
     return embed + blocks + (_map_pool(tower, seen) if tower.pool == "map" else 0)

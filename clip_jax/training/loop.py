@@ -13,7 +13,7 @@ from clip_jax.data.sources import Source, open_source
 from clip_jax.tokenizer import make
 from clip_jax.training.checkpoint import Checkpoints, check_position
 from clip_jax.training.metrics import MetricsLog, Progress, StepClock
-from clip_jax.training.program import assemble
+from clip_jax.training.program import Program, assemble
 from clip_jax.workdir import Workdir
 
 
@@ -31,7 +31,7 @@ def train(config: Config, workdir: Path, *, devices: list[jax.Device] | None = N
     folder.check(config, arch)
     tokenizer = folder.tokenizer_for(config.model, arch)
     source = open_source(config.data.train, data_dir=config.data.data_dir)
-    distributed.agree(_facts(config, tokenizer, source, folder))
+    distributed.agree(_facts(program, tokenizer, source, folder))
 
     # 2. The folder, and in it the state: new, or as it was left.
     is_first = jax.process_index() == 0  # of the processes: it alone writes, but for checkpoints
@@ -85,10 +85,11 @@ def every(n: int, step: int, last: int) -> bool:
 _OF_THE_HOST = ("data.data_dir", "data.num_threads", "data.num_workers", "model.tokenizer")
 
 
-def _facts(config: Config, tokenizer: str | None, source: Source, folder: Workdir) -> dict[str, Any]:
+def _facts(program: Program, tokenizer: str | None, source: Source, folder: Workdir) -> dict[str, Any]:
     """Returns what has to be the same in all processes of a run."""
     return {
-        "the config": {path: value for path, _, value in leaves(config) if path not in _OF_THE_HOST},
+        "the config": {path: value for path, _, value in leaves(program.config) if path not in _OF_THE_HOST},
+        "attention": program.attention,
         "the tokenizer": tokenizer,
         "the data": source.fingerprint(),
         "the last checkpoint": folder.latest_step(),

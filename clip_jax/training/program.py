@@ -72,7 +72,8 @@ def assemble(config: Config, devices: list[jax.Device] | None = None) -> Program
     sharding.check_batch(config.data.global_batch, mesh)
     parts = check_microbatch(config.microbatch, config.data.global_batch, mesh)
     ring = losses.ring_for(config.loss, mesh, sharding.BATCH_AXES, config.data.global_batch)
-    implementation, note = attention_for(config.model, arch, mesh.devices.flat[0])
+    asked = next(iter(mesh.local_devices), mesh.devices.flat[0])  # of its own, for cuDNN answers for no other
+    implementation, note = attention_for(config.model, arch, asked)
     definition = Definition(
         arch,
         dtype=config.model.compute_dtype,
@@ -97,7 +98,7 @@ def assemble(config: Config, devices: list[jax.Device] | None = None) -> Program
 
 
 def attention_for(model: ModelConfig, arch: Architecture, device: jax.Device) -> tuple[str, str]:
-    """Returns whose kernels compute attention, a word of `IMPLEMENTATIONS`, and what is to be said of it.
+    """Returns whose kernels compute attention, "xla" or "cudnn", and what is to be said of it.
 
     Raises:
         UserError: the config insists on cuDNN, which is not there or refuses.
@@ -108,7 +109,8 @@ def attention_for(model: ModelConfig, arch: Architecture, device: jax.Device) ->
         raise UserError(f"model.attention={model.attention!r} needs a GPU, and this is a {device.platform}; use 'auto'")
     towers = {"text": (arch.text, arch.text.context_length, arch.text.causal)}
     if isinstance(arch.image, ViTTower):
-        towers["image"] = (arch.image, arch.image.num_patches + arch.image.class_token, False)
+        length = arch.image.class_token + arch.image.patches_kept(model.patch_dropout)
+        towers["image"] = (arch.image, length, False)
     for name, (tower, length, causal) in towers.items():
         shape_NLK = (tower.num_heads, length, tower.width // tower.num_heads)
         reason = refused_by_cudnn(shape_NLK, causal=causal, dtype=model.compute_dtype, device=device)

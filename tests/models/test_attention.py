@@ -4,11 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 from clip_jax.architecture import ViTTower
 from clip_jax.models import transformer
-from clip_jax.models.attention import attend, attend_by_cudnn
-from clip_jax.models.clip import Definition
+from clip_jax.models.attention import CUDNN, attend, attend_by_cudnn
+from clip_jax.models.clip import Definition, Weights
 from clip_jax.models.transformer import Compute
 from clip_jax.models.variants import VARIANTS
 
@@ -77,6 +78,14 @@ def test_bfloat16_rounds_weights_and_results_but_no_scores():
         np.testing.assert_allclose(np.float64(x), expected[i], rtol=0, atol=4 * 2**-9 * np.abs(expected[i]).max())
 
 
+def test_scores_that_bfloat16_would_round_alike_are_told_apart():
+    query, keys = np.full((1, 1, 1, 2), 8.0), np.array([[8.0, 8.0], [8.0, 8.0625]]).reshape(1, 1, 2, 2)
+    values = np.array([[0.0, 0.0], [1.0, 1.0]]).reshape(1, 1, 2, 2)
+    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in (query, keys, values))  # all of them exact
+    found = float(attend((q,), (k,), (v,))[0][0, 0, 0, 0])  # scores 128 and 128.5; bfloat16 has steps of 1 there
+    assert found == pytest.approx(1 / (1 + np.exp(-0.5)), abs=2**-8)
+
+
 def test_no_scores_are_kept_for_the_backward_pass():
     pieces = [(jnp.zeros((B, N, 64, K)), jnp.zeros((B, N, 1, K)))] * 3
     _, back = jax.vjp(attend, *pieces)
@@ -111,20 +120,41 @@ def test_blocks_make_the_same_of_patches_and_class_token_apart_as_of_both_togeth
 @pytest.fixture
 def cudnn_by_xla(monkeypatch):
     """Has XLA compute what cuDNN is asked for: what is given to it and taken from it can be seen without a GPU."""
-    genuine = jax.nn.dot_product_attention
+    genuine, asked = jax.nn.dot_product_attention, []
 
     def on_any_device(*qkv, implementation, **words):
         assert implementation == "cudnn"
+        asked.extend(qkv)
         return genuine(*qkv, implementation="xla", **words)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", on_any_device)
+    return asked
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_cudnn_is_asked_for_the_same(cudnn_by_xla, causal):
-    q, k, v, _ = (jnp.asarray(x, jnp.float32) for x in heads(0))
-    ((expected,)) = attend((q,), (k,), (v,), jnp.asarray(CAUSAL) if causal else None)
-    np.testing.assert_allclose(attend_by_cudnn(q, k, v, causal=causal), expected, rtol=0, atol=1e-6)
+@pytest.mark.parametrize("length", [L, L - 1])
+def test_cudnn_is_asked_for_the_same_with_an_even_number_of_positions(cudnn_by_xla, causal, length):
+    q, k, v, d = (jnp.asarray(x[:, :, :length], jnp.float32) for x in heads(0))
+    seen = CAUSAL[:length, :length] if causal else None
+    found, back = jax.vjp(lambda *qkv: attend_by_cudnn(*qkv, causal=causal), q, k, v)
+    for x, expected in zip((found, *back(d)), oracle(q, k, v, d, seen), strict=True):
+        np.testing.assert_allclose(x, expected, rtol=0, atol=3e-6)
+    assert {qkv.shape[1] for qkv in cudnn_by_xla} == {2 * -(-length // 2)}
+
+
+@pytest.mark.parametrize(("remat", "times"), [("none", 1), ("attention", 1), ("full", 2)])
+def test_results_of_cudnn_are_kept_by_the_policy_that_keeps_attention(monkeypatch, remat, times):
+    """In what is to be compiled: cuDNN itself is on a GPU only."""
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda *_: 91000)
+    monkeypatch.setattr(cudnn, "check_compute_capability", lambda *_: True)
+    definition = Definition(VARIANTS["ViT-W64/4@16px"], dtype="bfloat16", remat=remat, attention="cudnn")
+    weights = jax.eval_shape(definition.init, jax.random.key(0))
+
+    def total(params, tokens):
+        return definition.bind(Weights(params, {})).encode_text(tokens).astype(jnp.float32).sum()
+
+    text = str(jax.make_jaxpr(jax.grad(total))(weights.params, jnp.ones((2, 16), jnp.int32)))
+    assert text.count(f"= {CUDNN}[") == times
 
 
 def test_a_model_on_cudnn_has_the_embeddings_of_one_on_xla(cudnn_by_xla):

@@ -113,12 +113,12 @@ def test_a_finished_run_started_again_changes_nothing(on_one_device, data_dir):
     assert losses(on_one_device) == before
 
 
-def test_a_model_with_a_bias_is_trained_by_the_sigmoid_loss_in_either_form(data_dir, tmp_path):
+def test_the_sigmoid_loss_trains_a_bias_in_either_form_and_on_the_batch_whole_or_in_parts(data_dir, tmp_path):
     config = small_config(data_dir, total_steps=6)
-    config.model.logit_bias = True
+    config.model.logit_bias, config.model.patch_dropout = True, 0.5
     config.data.global_batch = 16
     train(config, tmp_path / "dense", devices=jax.devices()[:1])
-    config.loss.form = "ring"
+    config.loss.form, config.microbatch = "ring", 8
     train(config, tmp_path / "ring")
     dense, ring = losses(tmp_path / "dense"), losses(tmp_path / "ring")
     assert dense[0][1] == pytest.approx(10, abs=3)  # pairs cost softplus(10 - 10 cos), others next to nothing

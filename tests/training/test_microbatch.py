@@ -15,6 +15,7 @@ from clip_jax.config import Config, DataConfig, LossConfig, MeshConfig, ModelCon
 from clip_jax.errors import UserError
 from clip_jax.models.clip import Definition, Weights
 from clip_jax.models.variants import VARIANTS
+from clip_jax.models.vit import some_patches
 from clip_jax.training.microbatch import check_microbatch, in_parts
 from clip_jax.training.program import assemble
 from clip_jax.training.step import make_encode
@@ -85,22 +86,50 @@ def test_gradients_of_8_parts_are_those_of_the_whole_batch_in_float32():
 
 def collectives(text: str) -> list[str]:
     """Returns the lines of a compiled program in which devices talk to each other."""
-    talk = r"^\s*(?:ROOT )?%\S+ = \S+ (?:all-|reduce-scatter|collective-|ragged-)"
+    talk = r"^\s*(?:ROOT )?%\S+ = .*? (?:all-(?:reduce|gather|to-all)|reduce-scatter|collective-|ragged-)[\w-]*\("
     return [line for line in text.splitlines() if re.match(talk, line)]
+
+
+def crossing_images(text: str) -> list[str]:
+    """Returns the lines in which pixels, or patches of them, go to another device."""
+    return [line for line in collectives(text) if re.search(r"u8\[|16,16,3\]|16,48\]", line)]
+
+
+def reduced_in_loops(text: str) -> list[str]:
+    """Returns the lines in which all devices add something up, once for each part or block."""
+    loops = [part for part in text.split("\n\n") if "ENTRY" not in part]
+    return [line for part in loops for line in collectives(part) if "reduce" in line]
 
 
 @pytest.mark.parametrize("sizes", [(8, 1, 1), pytest.param((2, 4, 1), marks=pytest.mark.full)])
 def test_no_image_crosses_a_device(sizes):
-    lines = collectives(compiled(mesh_of(*sizes), 4, "float32")[0].as_text())
-    assert lines, "gradients are reduced"
-    assert not [line for line in lines if "u8[" in line or "16,16,3]" in line]
+    text = compiled(mesh_of(*sizes), 4, "float32")[0].as_text()
+    assert crossing_images(text) == []
+    assert [line for line in collectives(text) if "reduce" in line and "64,256]" in line], "gradients do: the MLP's"
 
 
 def test_replicated_parameters_have_their_gradients_reduced_once_and_not_in_every_part():
     text = compiled(mesh_of(8, 1, 1), 4, "float32")[0].as_text()
-    bodies = "\n\n".join(part for part in text.split("\n\n") if "ENTRY" not in part)
-    assert "all-reduce" in text
-    assert not [line for line in collectives(bodies) if "all-reduce" in line]
+    assert reduced_in_loops(text) == []
+
+
+def test_what_is_looked_for_in_a_compiled_program_is_found_where_the_batch_is_cut_without_care():
+    """Neighbours in one part, and the mesh left to the compiler."""
+    mesh, definition = mesh_of(8, 1, 1), Definition(VIT)
+    arguments = jax.jit(definition.init)(jax.random.key(0)), sharding.to_mesh(batch_of(SIZE, VIT), SIZE, mesh)
+
+    def loss(weights, batch):
+        @jax.checkpoint
+        def one(part):
+            return make_encode(definition)(weights, *part, jax.sharding.NamedSharding(mesh, sharding.BATCH))[0]
+
+        rows = jax.tree.map(lambda x: x.reshape(4, -1, *x.shape[1:]), (batch, jnp.arange(SIZE)))
+        img, txt = jax.tree.map(lambda x: x.reshape(SIZE, -1), jax.lax.map(one, rows))
+        return losses.softmax(img, txt, scale=jnp.float32(14), valid_B=batch.valid)
+
+    text = jax.jit(jax.grad(loss)).lower(*arguments).compile().as_text()
+    assert crossing_images(text)
+    assert reduced_in_loops(text)
 
 
 def test_an_eighth_of_the_batch_at_a_time_takes_a_fifth_of_the_memory_or_less():
@@ -158,11 +187,9 @@ def test_dropped_patches_are_another_choice_for_each_image_and_step_and_none_in_
     np.testing.assert_allclose(evaluated / jnp.linalg.norm(evaluated, axis=1, keepdims=True), without, atol=1e-5)
 
 
-def test_as_many_patches_are_kept_as_the_share_says_and_the_class_token_always():
-    from clip_jax.models.vit import some_patches
-
+def test_as_many_patches_are_kept_as_are_asked_for_and_the_class_token_always():
     x_BLD = jnp.broadcast_to(jnp.arange(17.0)[:, None], (64, 17, 2))  # each state is its position
-    seen_BL = np.asarray(some_patches(x_BLD, jax.random.split(jax.random.key(0), 64), 0.75, first=1)[..., 0])
+    seen_BL = np.asarray(some_patches(x_BLD, jax.random.split(jax.random.key(0), 64), 4, first=1)[..., 0])
     assert seen_BL.shape == (64, 1 + 4)
     assert (seen_BL[:, 0] == 0).all()
     assert all(len(set(row)) == 5 for row in seen_BL), "no patch twice"

@@ -30,6 +30,9 @@ def test_on_a_gpu_attention_is_cudnns_where_it_takes_all_towers(monkeypatch):
     monkeypatch.setattr(program, "refused_by_cudnn", lambda shape, **words: asked.append((shape, words["causal"])))
     assert attention_for(ModelConfig("ViT-L/14"), VARIANTS["ViT-L/14"], GPU) == ("cudnn", "")
     assert asked == [((12, 77, 64), True), ((16, 257, 64), False)]
+    asked.clear()
+    attention_for(ModelConfig("ViT-L/14", patch_dropout=0.5), VARIANTS["ViT-L/14"], GPU)
+    assert asked[1][0] == (16, 129, 64), "what is left of 256 patches, and the class token"
 
 
 def test_a_refusal_of_cudnns_is_told_once_and_is_an_error_for_who_insists(monkeypatch):

@@ -14,6 +14,7 @@ from clip_jax.errors import UserError
 from clip_jax.models import variants
 from clip_jax.training.loop import train
 from clip_jax.weights.mapping import flatten
+from clip_jax.workdir import Workdir
 
 SMALL = Architecture(
     embed_dim=16,
@@ -60,6 +61,14 @@ def test_a_resumed_run_has_the_losses_weights_and_statistics_of_one_that_was_not
     assert whole.keys() == resumed.keys()
     for path, x in whole.items():
         np.testing.assert_array_equal(resumed[path], x, err_msg=path)
+
+
+def test_a_run_is_not_resumed_with_other_parts_since_batch_norm_sees_each_by_itself(runs):
+    folder = Workdir(runs / "whole")
+    config = folder.config()
+    config.microbatch = 8
+    with pytest.raises(UserError, match="microbatch, of which batch norm sees each: None -> 8"):
+        folder.check(config, SMALL)
 
 
 def test_every_statistic_has_moved_and_counts_the_steps(runs):

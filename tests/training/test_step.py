@@ -1,5 +1,7 @@
 """One update: what it leaves, it leaves in its place; what repeats adds up."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,6 +45,20 @@ def test_a_step_leaves_the_state_in_its_places_and_is_compiled_once(sizes):
     assert step._cache_size() == 1
     assert state.step.item() == 3
     assert np.isfinite(metrics["loss"].item())
+
+
+def test_no_parameter_that_is_split_is_ever_whole_on_a_device():
+    """Not even while it is drawn: a large model has no room for that."""
+    definition, optimizer = Definition(ARCHITECTURE), optim.optimizer(CONFIG, 10)
+    abstract = abstract_state(definition, optimizer, sharding.make_mesh(MeshConfig(1, 8, 1)))
+    text = jax.jit(lambda: initial_state(definition, optimizer, abstract, seed=0)).lower().compile().as_text()
+    made = {int(np.prod([int(n) for n in dims.split(",")])) for dims in re.findall(r"\bf32\[([\d,]+)\]", text)}
+    split = [x for x in jax.tree.leaves(abstract.params) if not x.sharding.is_fully_replicated]
+    whole, eighths = ({x.size // n for x in split} for n in (1, 8))
+    assert len(whole - eighths) >= 4
+    assert eighths <= made
+    assert not made & (whole - eighths)
+    assert max(made) == max(eighths)
 
 
 def test_logit_scale_never_passes_ln_100():
