@@ -28,7 +28,7 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(0)
     try:
         nones = check_config_flags(sys.argv[1:])
-        sys.argv = _without(sys.argv, nones)  # config_flags reads it again
+        sys.argv = _without(sys.argv, [f"config.{path}" for path in nones])  # config_flags reads it again
         _parse(sys.argv)
         for path in nones:
             *parents, name = path.split(".")
@@ -63,12 +63,12 @@ def checked(config: Any) -> Config:
     return build(Config, dataclasses.asdict(config))
 
 
-def _without(argv: list[str], fields: list[str]) -> list[str]:
-    """Returns the arguments without the overrides of some fields."""
+def _without(argv: list[str], flags: list[str]) -> list[str]:
+    """Returns the arguments without some flags."""
     kept, arguments = [], iter(argv)
     for arg in arguments:
-        name, equals, _ = arg.lstrip("-").partition("=")
-        if not (arg.startswith("-") and name.removeprefix("config.") in fields):
+        name, equals, _ = arg.partition("=")
+        if name.lstrip("-") not in flags or not arg.startswith("-"):
             kept.append(arg)
         elif not equals:
             next(arguments, None)

@@ -56,8 +56,11 @@ def find(
         return None if source is None else Cluster(source, {})
     if None in given:
         raise UserError(f"a process of several needs all of {FLAGS}, or none of them where JAX finds the others itself")
-    if not re.fullmatch(r"\S+:\d{1,5}", coordinator):
+    address = re.fullmatch(r"\S+:(\d{1,5})", coordinator)
+    if address is None or not 0 < int(address[1]) < 2**16:
         raise UserError(f"--coordinator={coordinator} should be HOST:PORT, the address of process 0")
+    if num_processes < 1:
+        raise UserError(f"--num_processes={num_processes} must be at least 1")
     if not 0 <= process_id < num_processes:
         raise UserError(f"--process_id={process_id} must be in 0 … {num_processes - 1}, with {num_processes=}")
     names = ("coordinator_address", "num_processes", "process_id")
@@ -75,8 +78,9 @@ def _detected(environ: Mapping[str, str]) -> str | None:
         if "OMPI_MCA_orte_hnp_uri" not in environ:  # OpenMPI 5 does without
             flags = "--num_processes=$OMPI_COMM_WORLD_SIZE --process_id=$OMPI_COMM_WORLD_RANK"
             raise UserError(
-                "mpirun does not say where its first process is, as OpenMPI before version 5 did; start it as "
-                f"mpirun … bash -c 'python train.py … --coordinator=HOST:PORT {flags}'"
+                "mpirun does not say where its first process is, as OpenMPI before version 5 did; start it as mpirun … "
+                "bash -c 'JAX_LOCAL_DEVICE_IDS=$OMPI_COMM_WORLD_LOCAL_RANK python train.py … --coordinator=HOST:PORT "
+                f"{flags}' (the first word only where each process has a GPU)"
             )
         return "OpenMPI"
     if all(name in environ for name in SLURM) and _number(environ, "SLURM_NTASKS") > 1:
@@ -90,6 +94,11 @@ def _detected(environ: Mapping[str, str]) -> str | None:
                 f"(pip install kubernetes), or {FLAGS}"
             )
         return "Kubernetes"
+    if unknown := [name for name in ("WORLD_SIZE", "PMI_SIZE") if _number(environ, name) > 1]:
+        raise UserError(
+            f"{unknown[0]}={environ[unknown[0]]} says that this is one process of several, by a launcher that JAX does "
+            f"not know: give it {FLAGS}, or unset {unknown[0]}"
+        )
     return None
 
 
@@ -100,7 +109,7 @@ def _number(environ: Mapping[str, str], name: str) -> int:
 
 def _on_tpu(environ: Mapping[str, str]) -> bool:
     """Returns whether JAX will use the TPU chips of this machine, which may be one of a pod."""
-    allowed = environ.get("JAX_PLATFORMS", "tpu")
+    allowed = environ.get("JAX_PLATFORMS") or "tpu"
     chips = [*Path("/dev").glob("accel[0-9]*"), *Path("/dev").glob("vfio/[0-9]*")]
     return "tpu" in allowed and bool(chips) and importlib.util.find_spec("libtpu") is not None
 

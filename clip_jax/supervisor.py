@@ -34,7 +34,9 @@ def watched(cluster: Cluster | None, workdir: Path) -> Iterator[None]:
         return
     link = _fork(cluster, workdir)
     try:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # JAX waits in C++, where Python's own handler would never run
         with distributed.joined(cluster):
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             link.send(JOINED)
             yield
     except UserError:
@@ -56,22 +58,25 @@ def _exit(code: int, words: str) -> None:
 
 
 def _fork(cluster: Cluster, workdir: Path) -> socket.socket:
-    """Returns the working process's end of a socket; the watching process goes no further than this."""
+    """Returns the working process's end of a socket; the watching process goes no further than this.
+
+    The working process and those that it starts (readers of data) are a group: none of them outlives it.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     ours, theirs = socket.socketpair()
     worker = os.fork()
     if worker == 0:
+        os.setpgid(0, 0)
         ours.close()
         threading.Thread(target=_die_with_the_other, args=(theirs,), daemon=True).start()
         return theirs
     theirs.close()
-    # A terminal sends Ctrl-C to both of us; everything else comes to this process alone.
-    passed_on = (signal.SIGTERM, signal.SIGHUP, *(() if sys.stdin.isatty() else (signal.SIGINT,)))
-    signal.signal(signal.SIGINT, lambda *_: None)
-    for number in passed_on:
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         signal.signal(number, lambda number, _: os.kill(worker, number))
     code = os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1])
+    with contextlib.suppress(ProcessLookupError):  # nobody is left
+        os.killpg(worker, signal.SIGKILL)
     sys.exit(_told(code, _received(ours), cluster, workdir))
 
 
@@ -88,7 +93,7 @@ def _die_with_the_other(link: socket.socket) -> None:
     """Waits for nothing but the other process's end, whatever it dies of."""
     with contextlib.suppress(ConnectionError):
         link.recv(1)
-    os.kill(os.getpid(), signal.SIGKILL)
+    os.killpg(0, signal.SIGKILL)
 
 
 def _told(code: int, said: bytes, cluster: Cluster, workdir: Path) -> int:
@@ -97,6 +102,9 @@ def _told(code: int, said: bytes, cluster: Cluster, workdir: Path) -> int:
         return 2
     if code in (0, 2, 130):
         return code
+    if code == -signal.SIGINT:
+        print("interrupted", file=sys.stderr)
+        return 130
     if code == -signal.SIGTERM:
         print(f"stopped by SIGTERM; {_way_on(workdir)}", file=sys.stderr)
         return 128 + signal.SIGTERM

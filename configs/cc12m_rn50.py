@@ -21,5 +21,5 @@ def get_config() -> Config:
         mesh=MeshConfig(data=8),
         total_steps=343_750,
         log_every=100,
-        checkpoint_every=5000,
+        checkpoint_every=2500,
     )

@@ -22,5 +22,5 @@ def get_config() -> Config:
         mesh=MeshConfig(data=16, fsdp=32),
         total_steps=207_520,
         log_every=100,
-        checkpoint_every=100,
+        checkpoint_every=200,
     )

@@ -19,7 +19,7 @@ def get_config() -> Config:
         model=ModelConfig(variant="RN50", compute_dtype="bfloat16"),
         data=DataConfig(train=None, global_batch=32_768, num_threads=2, num_workers=16),
         optim=OptimConfig(learning_rate=5e-4, warmup_steps=2000, weight_decay=0.2, b2=0.999, eps=1e-8),
-        mesh=MeshConfig(data=16, fsdp=16),
+        mesh=MeshConfig(data=256),
         total_steps=390_625,
         log_every=100,
         checkpoint_every=2000,

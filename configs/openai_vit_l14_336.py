@@ -24,5 +24,5 @@ def get_config() -> Config:
         mesh=MeshConfig(data=16, fsdp=16),
         total_steps=12_207,
         log_every=100,
-        checkpoint_every=500,
+        checkpoint_every=200,
     )

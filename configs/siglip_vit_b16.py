@@ -22,5 +22,5 @@ def get_config() -> Config:
         mesh=MeshConfig(data=8, fsdp=8),
         total_steps=1_220_703,
         log_every=100,
-        checkpoint_every=1000,
+        checkpoint_every=300,
     )

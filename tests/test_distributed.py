@@ -40,6 +40,8 @@ def test_three_flags_are_a_cluster_and_jax_then_asks_nobody_else():
         (("host:1", 2, None), "all of --coordinator=HOST:PORT --num_processes=N --process_id=I"),
         ((None, None, 0), "all of --coordinator"),
         (("host", 2, 0), "--coordinator=host should be HOST:PORT"),
+        (("host:99999", 2, 0), "--coordinator=host:99999 should be HOST:PORT"),
+        (("host:1", 0, 0), "--num_processes=0 must be at least 1"),
         (("host:1", 2, 2), r"--process_id=2 must be in 0 … 1"),
         (("host:1", 2, -1), r"--process_id=-1 must be in 0 … 1"),
     ],
@@ -71,6 +73,7 @@ def test_a_tpu_vm_is_one_of_a_pod_unless_jax_is_told_to_stay_off_the_chips(monke
     monkeypatch.setattr(distributed.Path, "glob", lambda self, pattern: ["accel0"])
     monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: name == "libtpu" or None)
     assert distributed.find(None, None, None, {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}).source == "TPU"
+    assert distributed.find(None, None, None, {"JAX_PLATFORMS": ""}).source == "TPU"
     assert distributed.find(None, None, None, {"JAX_PLATFORMS": "cpu"}) is None
 
 
@@ -85,8 +88,16 @@ def test_an_indexed_job_of_kubernetes_needs_its_package_or_the_flags(monkeypatch
 
 def test_openmpi_5_which_jax_cannot_ask_is_told_the_flags():
     environ = {name: value for name, value in MPIRUN_4.items() if name != "OMPI_MCA_orte_hnp_uri"}
-    with pytest.raises(UserError, match=r"--process_id=\$OMPI_COMM_WORLD_RANK"):
+    with pytest.raises(UserError, match=r"LOCAL_DEVICE_IDS=\$OMPI.* --process_id=\$OMPI_COMM_WORLD_RANK"):
         distributed.find(None, None, None, environ)
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "PMI_SIZE"])
+def test_several_processes_of_an_unknown_launcher_are_told_the_flags(name):
+    with pytest.raises(UserError, match=rf"{name}=8 says that this is one process of several.*--coordinator"):
+        distributed.find(None, None, None, {name: "8"})
+    assert distributed.find("host:1", 8, 0, {name: "8"}).source == "the command line"
+    assert distributed.find(None, None, None, {name: "1"}) is None
 
 
 JOIN = """

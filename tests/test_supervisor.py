@@ -1,6 +1,7 @@
 """A process of several ends with words, whatever it ends by; and ends when the one that watches it does."""
 
 import signal
+import time
 
 import pytest
 from processes import finish, free_port, start
@@ -33,6 +34,7 @@ def ended(block: str, workdir="nowhere", processes: int = 1, process: int = 0) -
         ("pass", 0, ""),
         ("raise UserError('no')", 2, ""),
         ("raise KeyboardInterrupt", 130, "interrupted"),
+        ("os.kill(os.getppid(), signal.SIGINT); time.sleep(300)", 130, "interrupted"),
         ("raise RuntimeError('a bug')", 1, "this process has stopped with the error above"),
         ("os.kill(os.getpid(), signal.SIGKILL)", 1, "this process was killed (SIGKILL), which is often"),
         ("os.kill(os.getpid(), signal.SIGSEGV)", 1, "this process was ended by SIGSEGV"),
@@ -61,10 +63,27 @@ def test_a_process_that_nobody_joins_says_where_it_waited_for_how_many():
     assert "3 s were waited for 3 processes at 127.0.0.1:" in errors
 
 
-def test_the_working_process_ends_with_the_one_that_watches_it():
-    block = "print(os.getpid(), flush=True); time.sleep(300)"
+def test_who_waits_for_others_can_be_interrupted():
+    code = ALONE.replace("GATHERING = 3", "GATHERING = 300").format(
+        port=free_port(), block="pass", workdir="nowhere", processes=2, process=1
+    )
+    process = start(["-c", f"print(flush=True)\n{code}"])
+    process.stdout.readline()
+    time.sleep(10)  # jax is imported, and waits
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors.strip().splitlines()[-1]) == (130, "interrupted")
+
+
+READER = "reader = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(3600)'])"
+
+
+@pytest.mark.parametrize(("killed", "block"), [("watching", "time.sleep(3600)"), ("working", "os.abort()")])
+def test_neither_the_working_process_nor_its_readers_outlive_an_end(killed, block):
+    """As long as one of them is there, its end of the pipe is open."""
+    block = f"import subprocess; {READER}; print(os.getpid(), flush=True); {block}"
     process = start(["-c", ALONE.format(port=free_port(), block=block, workdir="nowhere", processes=1, process=0)])
     assert int(process.stdout.readline()) != process.pid
-    process.send_signal(signal.SIGKILL)
-    assert process.stdout.read() == "", "its end of the pipe is closed: it is gone"
-    finish([process])
+    if killed == "watching":
+        process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)

@@ -47,7 +47,7 @@ def main() -> None:
     if FIND_BATCH.value:
         batches = list(search.find_batch(config, plan, make))
         best = search.largest(batches)
-        _say_batch(best, tables, report.show)
+        _say_batch(best, plan, tables, report.show)
     elif not plan.fits and REMEDIES.value:
         tried = list(search.remedies(config, plan, make))
         _say_remedies(tried, tables, report.show)
@@ -55,12 +55,13 @@ def main() -> None:
         sys.stdout.write(report.as_json(plan, tried, batches, best) + "\n")
 
 
-def _say_batch(best, console, show: Callable) -> None:
+def _say_batch(best, first, console, show: Callable) -> None:
     if best is None:
         console.print("no batch fits: leave --find_batch out to see what could help")
         return
     console.print(f"the largest batch that fits: {best.global_batch:,} ({best.rows:,} a place on the batch axes)")
-    show(best, console)
+    if best is not first:
+        show(best, console)
 
 
 def _say_remedies(tried: list, console, show: Callable) -> None:

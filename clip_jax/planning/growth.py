@@ -15,8 +15,8 @@ from clip_jax.planning import flops, topology
 from clip_jax.planning.topology import Topology
 
 GENERATION = flags.DEFINE_string("generation", "v5p", "of TPU: v4, v5e, v5p, v6e")
-BATCHES = flags.DEFINE_list("batches", ["4096", "16384", "65536", "262144", "1048576"], "global batches")
-CHIPS = flags.DEFINE_list("chips", ["8", "64", "512", "2048"], "sizes of slices")
+BATCHES = flags.DEFINE_list("batches", ["4096", "32768", "1048576"], "global batches")
+CHIPS = flags.DEFINE_list("chips", ["8", "256", "2048"], "sizes of slices")
 LOSS = flags.DEFINE_enum("loss", "softmax", ["softmax", "sigmoid"], "which loss")
 TOWERS = flags.DEFINE_string("towers", "ViT-L/14", "whose towers stand beside it, and its embed_dim")
 TOWERS_MFU = flags.DEFINE_float("towers_mfu", 0.4, "share of the peak that the towers are taken to reach")

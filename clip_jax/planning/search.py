@@ -50,7 +50,8 @@ def remedies(config: Config, plan: Plan, make: Planner) -> Iterator[Remedy]:
             return
         changes, plan = remedy.changes, remedy.plan
     for microbatch in microbatches(plan):
-        remedy = _first(config, changes, [{"microbatch": microbatch}], make)
+        tried = changes | {"microbatch": microbatch}
+        remedy = Remedy(tried, make(with_changes(config, tried)))
         yield remedy
         if remedy.plan.fits:
             return
@@ -112,6 +113,7 @@ def find_batch(config: Config, first: Plan, make: Planner) -> Iterator[Plan]:
     """Yields the plans made on the way to the largest batch that fits, `first` included; `largest` picks it out."""
     ways = first.mesh["data"] * first.mesh["fsdp"]
     unit = config.microbatch // ways if config.microbatch else (8 if first.rows >= 8 else 1)
+    config = with_changes(config, {"loss.tile": None})  # a given one need not fit into a smaller block
     yield first
     tried = {first.rows: first}
     while (rows := next_rows(tried, unit)) is not None:

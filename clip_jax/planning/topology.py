@@ -122,7 +122,7 @@ def parse(name: str) -> Topology:
     Raises:
         UserError: there is no such slice; says which there are.
     """
-    made = re.fullmatch(r"(\w+):([0-9]+(?:x[0-9]+)*)", name)
+    made = re.fullmatch(r"(\w+):([0-9]{1,4}(?:x[0-9]{1,4})*)", name)
     word = made[1] if made else name.partition(":")[0]
     if word not in GENERATIONS:
         raise UserError(f"--topology={name}: no TPU {word!r}; there are {', '.join(GENERATIONS)}, as in v5e:16x16")
@@ -155,7 +155,7 @@ def prepare_environment() -> None:
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
             "libtpu, which has the compiler, is not installed (there is one for Linux on x86-64 only): "
-            'pip install "clip-nnx[planning]", or pip install libtpu'
+            'pip install -e ".[planning]", or pip install libtpu'
         )
     for name, value in ENVIRONMENT.items():
         os.environ[name] = value

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from clip_jax.distributed import is_of_another
 from clip_jax.errors import UserError
 from clip_jax.models.clip import Weights
 from clip_jax.sharding import path_of
@@ -84,10 +85,14 @@ class Checkpoints:
         try:
             restored = self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:
-            raise self._damaged(step, error) from error
+            raise self._unreadable(step, error) from error
         return trees | {name: restored[name] for name in present}
 
-    def _damaged(self, step: int, error: Exception) -> UserError:
+    def _unreadable(self, step: int, error: Exception) -> Exception:
+        """Returns what is to be said of a step that could not be read: it is damaged, unless another process has died
+        meanwhile."""
+        if is_of_another(error):
+            return error
         said = str(error).split("\n")[0] or type(error).__name__
         return UserError(f"checkpoint {self.folder}/{step} is damaged ({said}); remove it to go on from the one before")
 
@@ -96,7 +101,7 @@ class Checkpoints:
         try:
             return self._manager.restore(step, args=ocp.args.Composite(position=ocp.args.JsonRestore())).position
         except Exception as error:
-            raise self._damaged(step, error) from error
+            raise self._unreadable(step, error) from error
 
     def __enter__(self) -> "Checkpoints":
         return self

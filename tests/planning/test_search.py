@@ -43,6 +43,12 @@ def test_no_batch_is_compiled_twice():
     assert len(asked) == len(set(asked))
 
 
+def test_a_tile_of_the_loss_is_no_bound_of_the_batch():
+    compiler, start = FakeCompiler(pair=400 * 2**20), search.with_changes(config(), {"loss.tile": 64})
+    assert found(compiler, start).rows < 64
+    assert {asked.loss.tile for asked in compiler.asked[1:]} == {None}
+
+
 def test_where_no_batch_fits_none_is_found():
     compiler = FakeCompiler(pair=2**20, state=6 * GiB)
     assert found(compiler, config()) is None

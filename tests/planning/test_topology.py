@@ -35,6 +35,7 @@ def test_a_name_is_a_generation_and_its_sides():
         ("", ["v4, v5e, v5p, v6e"]),
         ("cpu:8", ["'cpu'", "v4, v5e, v5p, v6e"]),
         ("v5e:２x２", ["v5e:２x２"]),
+        (f"v5e:{'2' * 5000}", ["v5e:2x2, v5e:2x4"]),
     ],
 )
 def test_a_slice_that_nobody_lends_is_refused_with_those_there_are(name, words):
@@ -56,7 +57,7 @@ def test_a_size_without_a_slice_is_refused_with_the_sizes_there_are():
 
 def test_without_libtpu_it_is_said_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r'pip install "clip-nnx\[planning\]"'):
+    with pytest.raises(UserError, match=r'pip install -e "\.\[planning\]"'):
         topology.prepare_environment()
 
 

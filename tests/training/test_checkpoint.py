@@ -90,6 +90,22 @@ def test_a_damaged_checkpoint_is_said_in_one_line(damage, words, saved, tmp_path
     gc.collect()  # what Orbax's reader leaves behind when it fails is complained of here, not in some later test
 
 
+def test_a_checkpoint_is_not_damaged_because_another_process_died(saved, monkeypatch):
+    died = jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllGather failed: Connection closed by peer")
+
+    def restore(*_, **__):
+        raise died
+
+    folder, _ = saved
+    _, _, abstract = state_on((1, 1, 1), 1)
+    with Checkpoints(folder) as checkpoints:
+        monkeypatch.setattr(checkpoints._manager, "restore", restore)
+        for read in (lambda: checkpoints.position(7), lambda: checkpoints.restore(7, abstract)):
+            with pytest.raises(jax.errors.JaxRuntimeError) as error:
+                read()
+            assert error.value is died
+
+
 def test_parameters_are_created_in_their_places_and_are_the_same_on_any_mesh():
     definition, optimizer, abstract = state_on((2, 2, 2), 8)
     sharded = initial_state(definition, optimizer, abstract, seed=0)
