@@ -20,6 +20,7 @@ from clip_jax.errors import UserError
 from clip_jax.models.clip import Definition, Weights, normalise_pixels
 from clip_jax.models.layers import Array
 from clip_jax.models.text import pooled_at
+from clip_jax.models.transformer import Compute
 from clip_jax.pretrained import Asked, read
 from clip_jax.tokenizer import make
 from clip_jax.typing import Float, Int
@@ -217,7 +218,7 @@ def load(
     device = _device(device)
     asked = Asked(variant, activation, image_size, context_length)
     bundle = read(source, asked, dtype=np.float32, download_root=download_root)
-    definition = Definition(bundle.architecture, dtype=dtype)
+    definition = Definition(bundle.architecture, Compute(dtype))
     placed = compiled.place(bundle.arrays, definition, device)
     model = Model(definition, placed, bundle.variant, bundle.origin, bundle.results, bundle.tokenizer)
     return model, ImagePreprocess(bundle.architecture)

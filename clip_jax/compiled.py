@@ -5,7 +5,6 @@ one costs as much as the block itself, and it multiplies faster by matrices that
 are kept apart, their kernels turned. Accelerators take the stack as it is.
 """
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
@@ -113,7 +112,7 @@ def pad(rows: np.ndarray, size: int, value: int = 0) -> np.ndarray:
 def _bound(definition: Definition, placed: Placed):
     """Returns the model, whose blocks are run one by one where they are kept apart."""
     unroll = any(isinstance(x, tuple) for x in placed.params["text"]["blocks"]["mlp"]["up"].values())
-    definition = dataclasses.replace(definition, unroll=unroll)
+    definition = definition.computed(unroll=unroll)
     return definition.bind(stacked(placed, definition))
 
 

@@ -6,7 +6,7 @@ as a logarithm and kept at or below ln 100 (but for SigLIP, arXiv 2303.15343, wh
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -94,18 +94,14 @@ class CLIP(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Definition:
-    """A CLIP without its weights, which travel apart as plain nested dicts: cheap to pass through `jax.jit`.
-
-    What follows the architecture says how it is computed: `Compute` has the meanings.
-    """
+    """A CLIP without its weights, which travel apart as plain nested dicts: cheap to pass through `jax.jit`."""
 
     architecture: Architecture
-    dtype: str = "float32"
-    remat: str = "none"
-    attention: str = "xla"
-    patch_dropout: float = 0.0
-    unroll: bool = False
-    rows: jax.sharding.NamedSharding | None = None
+    compute: Compute = dataclasses.field(default_factory=Compute)
+
+    def computed(self, **changes: Any) -> "Definition":
+        """Returns the same CLIP, computed another way: with fields of `Compute` changed."""
+        return dataclasses.replace(self, compute=dataclasses.replace(self.compute, **changes))
 
     def init(self, key: jax.Array) -> Weights:
         """Returns weights as OpenAI initialises them."""
@@ -122,8 +118,7 @@ class Definition:
         return nnx.merge(graph, weights.params, weights.statistics)
 
     def _build(self, key: jax.Array) -> CLIP:
-        compute = Compute(self.dtype, self.remat, self.attention, self.patch_dropout, self.unroll, self.rows)
-        return CLIP(self.architecture, compute, key=key)
+        return CLIP(self.architecture, self.compute, key=key)
 
 
 def l2_normalise(x_BE: Float[Array, "B E"]) -> Float[jax.Array, "B E"]:

@@ -17,6 +17,7 @@ from clip_jax.config import Config, ModelConfig
 from clip_jax.errors import UserError
 from clip_jax.models.attention import refused_by_cudnn
 from clip_jax.models.clip import Definition
+from clip_jax.models.transformer import Compute
 from clip_jax.models.variants import architecture
 from clip_jax.training.microbatch import check_microbatch
 from clip_jax.training.state import TrainState, abstract_state, initial_state
@@ -74,13 +75,8 @@ def assemble(config: Config, devices: list[jax.Device] | None = None) -> Program
     ring = losses.ring_for(config.loss, mesh, sharding.BATCH_AXES, config.data.global_batch)
     asked = next(iter(mesh.local_devices), mesh.devices.flat[0])  # of its own, for cuDNN answers for no other
     implementation, note = attention_for(config.model, arch, asked)
-    definition = Definition(
-        arch,
-        dtype=config.model.compute_dtype,
-        remat=config.model.remat,
-        attention=implementation,
-        patch_dropout=config.model.patch_dropout,
-    )
+    model = config.model
+    definition = Definition(arch, Compute(model.compute_dtype, model.remat, implementation, model.patch_dropout))
     optimizer = optim.optimizer(config.optim, config.total_steps)
     state = abstract_state(definition, optimizer, mesh)
     train_step = make_train_step(

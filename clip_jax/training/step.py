@@ -1,6 +1,5 @@
 """One update: pixels and tokens in, a new state and its metrics out. Pure; compiled once."""
 
-import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -24,7 +23,7 @@ def make_encode(definition: Definition, dropout: jax.Array | None = None) -> Enc
     """
 
     def encode(weights: Weights, batch: Batch, rows_B: jax.Array, placed: NamedSharding) -> tuple[Embeddings, Params]:
-        model = dataclasses.replace(definition, rows=placed).bind(weights)
+        model = definition.computed(rows=placed).bind(weights)
         pixels = normalise_pixels(batch.image, definition.architecture.preprocess)
         keys_B = None if dropout is None else jax.vmap(jax.random.fold_in, (None, 0))(dropout, rows_B)
         img_BE = l2_normalise(model.encode_image(pixels, train=True, dropout_B=keys_B))
@@ -54,7 +53,7 @@ def make_train_step(
     def loss_of(
         params: Params, statistics: Params, batch: Batch, step: jax.Array
     ) -> tuple[Float[jax.Array, ""], tuple[Metrics, Params]]:
-        dropout = jax.random.fold_in(jax.random.key(seed), step) if definition.patch_dropout else None
+        dropout = jax.random.fold_in(jax.random.key(seed), step) if definition.compute.patch_dropout else None
         encode = in_parts(make_encode(definition, dropout), parts, abstract.step.sharding.mesh)
         (img_BE, txt_BE), statistics = encode(Weights(params, statistics), batch, jnp.arange(len(batch.valid)))
         model = definition.bind(Weights(params, statistics))

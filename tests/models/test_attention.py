@@ -147,7 +147,7 @@ def test_results_of_cudnn_are_kept_by_the_policy_that_keeps_attention(monkeypatc
     """In what is to be compiled: cuDNN itself is on a GPU only."""
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda *_: 91000)
     monkeypatch.setattr(cudnn, "check_compute_capability", lambda *_: True)
-    definition = Definition(VARIANTS["ViT-W64/4@16px"], dtype="bfloat16", remat=remat, attention="cudnn")
+    definition = Definition(VARIANTS["ViT-W64/4@16px"], Compute(dtype="bfloat16", remat=remat, attention="cudnn"))
     weights = jax.eval_shape(definition.init, jax.random.key(0))
 
     def total(params, tokens):
@@ -164,7 +164,7 @@ def test_a_model_on_cudnn_has_the_embeddings_of_one_on_xla(cudnn_by_xla):
     tokens_BL = jnp.asarray(random.integers(1, 999, (2, 16)), jnp.int32)
     for encode, inputs in (("encode_image", image_BHWC), ("encode_text", tokens_BL)):
         xla, cudnn = (
-            getattr(Definition(VARIANTS["ViT-W64/4@16px"], attention=word).bind(weights), encode)(inputs)
+            getattr(Definition(VARIANTS["ViT-W64/4@16px"], Compute(attention=word)).bind(weights), encode)(inputs)
             for word in ("xla", "cudnn")
         )
         np.testing.assert_allclose(cudnn, xla, rtol=0, atol=1e-5)

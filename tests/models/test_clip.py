@@ -114,7 +114,7 @@ def truth(params, images, tokens):
 
 def test_towers_equal_numpy_in_float64(x64, params, images, tokens, truth):
     for found, expected in zip(
-        features(dataclasses.replace(DEFINITION, dtype="float64"), params, images, tokens), truth, strict=True
+        features(DEFINITION.computed(dtype="float64"), params, images, tokens), truth, strict=True
     ):
         assert found.dtype == jnp.float64
         np.testing.assert_allclose(found, expected, atol=1e-9 * np.abs(expected).max())
@@ -127,7 +127,7 @@ def test_towers_in_float32_are_within_1e_5_of_numpy(params, images, tokens, trut
 
 
 def test_bfloat16_computes_in_bfloat16_with_float32_parameters_logits_and_gradients(params, images, tokens, truth):
-    definition = dataclasses.replace(DEFINITION, dtype="bfloat16")
+    definition = DEFINITION.computed(dtype="bfloat16")
     assert {x.dtype for x in jax.tree.leaves(definition.shapes().params)} == {jnp.dtype("float32")}
     for found, expected in zip(features(definition, params, images, tokens), truth, strict=True):
         assert found.dtype == jnp.bfloat16
@@ -143,7 +143,7 @@ def test_bfloat16_computes_in_bfloat16_with_float32_parameters_logits_and_gradie
 
 
 def test_text_features_do_not_change_when_the_batch_is_cut_to_its_longest_caption(x64, params, tokens):
-    encode = jax.jit(dataclasses.replace(DEFINITION, dtype="float64").bind(Weights(params, {})).encode_text)
+    encode = jax.jit(DEFINITION.computed(dtype="float64").bind(Weights(params, {})).encode_text)
     np.testing.assert_allclose(encode(tokens[:3, :7]), encode(tokens[:3]), rtol=0, atol=1e-12)
 
 
@@ -209,7 +209,7 @@ def test_remat_policies_give_equal_gradients_and_each_keeps_less_than_the_one_be
     wide = jax.tree.map(jnp.float64, params)
     gradients, memory = {}, {}
     for remat in REMAT:
-        definition = dataclasses.replace(DEFINITION, dtype="float64", remat=remat)
+        definition = DEFINITION.computed(dtype="float64", remat=remat)
         gradient = jax.grad(lambda params, d=definition: (d.bind(Weights(params, {})).encode_image(images) ** 2).sum())
         compiled = jax.jit(gradient).lower(wide).compile()
         gradients[remat], memory[remat] = compiled(wide), compiled.memory_analysis().temp_size_in_bytes
@@ -230,8 +230,8 @@ def test_rows_stay_apart_where_weights_are_split_and_the_gradients_are_the_same(
     specs = parameter_specs(params)
     split = jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), wide, specs)
     inputs = jax.device_put((images, tokens), rows)
-    definition = dataclasses.replace(DEFINITION, dtype="float64")
-    gradient = jax.jit(jax.grad(loss_of(dataclasses.replace(definition, rows=rows)))).lower(split, *inputs).compile()
+    definition = DEFINITION.computed(dtype="float64")
+    gradient = jax.jit(jax.grad(loss_of(definition.computed(rows=rows)))).lower(split, *inputs).compile()
     hidden = f"{ARCH.image.num_patches},{ARCH.image.mlp_dim}]"  # of an MLP: [B, P, F]
     assert f"f64[{len(images) // 8},{hidden}" in gradient.as_text()
     assert f"f64[{len(images) // 2},{hidden}" not in gradient.as_text()  # rows of all that share a batch of `data`

@@ -19,7 +19,7 @@ from clip_jax.architecture import Architecture, ResNetTower, TextTower, ViTTower
 from clip_jax.config import MeshConfig, OptimConfig
 from clip_jax.models.clip import Definition, Weights, l2_normalise, normalise_pixels
 from clip_jax.models.resnet import BatchNorm, Stage
-from clip_jax.models.transformer import REMAT
+from clip_jax.models.transformer import REMAT, Compute
 from clip_jax.training.state import TrainState, abstract_state
 from clip_jax.training.step import make_train_step
 from clip_jax.typing import Batch
@@ -30,7 +30,7 @@ from clip_jax.weights.mapping import export_tensors, flatten, unflatten
 TEXT = TextTower(context_length=12, vocab_size=50, width=128, depth=2, num_heads=2, mlp_dim=512)
 VIT = Architecture(16, ViTTower(image_size=32, patch_size=8, width=128, depth=2, num_heads=2, mlp_dim=512), TEXT)
 RESNET = Architecture(16, ResNetTower(image_size=64, width=8, depths=(1, 3, 1, 1), num_heads=4), TEXT)
-WIDE = Definition(RESNET, dtype="float64")
+WIDE = Definition(RESNET, Compute(dtype="float64"))
 BARS = {"float64": (1e-9, 1e-9), "float32": (1e-5, 1e-4)}  # of values, of gradients; relative to the tensor's largest
 PAIRS = 8
 
@@ -150,7 +150,7 @@ def test_loss_gradients_and_statistics_are_those_of_autograd(architecture, dtype
     image_BHWC, tokens_BL = inputs(architecture)
     with jax.enable_x64(dtype == "float64"):
         loss, gradients, statistics = differentiate(
-            Definition(architecture, dtype=dtype), weights, image_BHWC, tokens_BL
+            Definition(architecture, Compute(dtype=dtype)), weights, image_BHWC, tokens_BL
         )
 
     model = original(architecture, weights)

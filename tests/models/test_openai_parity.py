@@ -19,6 +19,7 @@ from oracles import openai_clip, require
 import clip_jax
 from clip_jax.architecture import Architecture
 from clip_jax.models.clip import Definition, Weights
+from clip_jax.models.transformer import Compute
 from clip_jax.models.variants import VARIANTS
 from clip_jax.weights import openai
 from clip_jax.weights.download import RELEASES
@@ -142,7 +143,7 @@ def run_loaded(path: Path, image_BHWC: np.ndarray, tokens_AL: np.ndarray) -> Out
 def run_scanned(path: Path, image_BHWC: np.ndarray, tokens_AL: np.ndarray, dtype: str = "float32") -> Outputs:
     """Returns what training's program computes."""
     bundle = openai.read(path, np.float32)
-    definition = Definition(bundle.architecture, dtype=dtype)
+    definition = Definition(bundle.architecture, Compute(dtype=dtype))
     return scan(definition, unflatten(bundle.arrays, definition.shapes()), image_BHWC, tokens_AL)
 
 

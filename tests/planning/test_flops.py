@@ -8,6 +8,7 @@ import pytest
 
 from clip_jax.architecture import ResNetTower
 from clip_jax.models.clip import Definition
+from clip_jax.models.transformer import Compute
 from clip_jax.models.variants import VARIANTS
 from clip_jax.planning import flops
 
@@ -53,7 +54,7 @@ def test_a_pairs_flops_are_the_published_ones_within_a_tenth_of_a_percent(name):
 )
 def test_xla_counts_a_towers_forward_pass_alike(architecture, within):
     # One block after the other: XLA counts the body of a loop once.
-    definition, side = Definition(architecture, unroll=True), architecture.image.image_size
+    definition, side = Definition(architecture, Compute(unroll=True)), architecture.image.image_size
     image = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
     tower = jax.jit(lambda weights, image: definition.bind(weights).encode_image(image))
     counted = tower.lower(definition.shapes(), image).cost_analysis()["flops"]

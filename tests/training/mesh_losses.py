@@ -18,6 +18,7 @@ from clip_jax import distributed, losses, optim, sharding
 from clip_jax.architecture import Architecture, ResNetTower, TextTower, ViTTower
 from clip_jax.config import LossConfig, MeshConfig, OptimConfig
 from clip_jax.models.clip import LOGIT_SCALE_INIT, Definition
+from clip_jax.models.transformer import Compute
 from clip_jax.training.state import TrainState, abstract_state
 from clip_jax.training.step import make_train_step
 from clip_jax.typing import Batch
@@ -75,7 +76,7 @@ def losses_of(case: Case) -> tuple[list[float], list[int]]:
     mesh = sharding.make_mesh(MeshConfig(*(case.sizes or (1, 1, 1))), devices)
     config = OptimConfig(learning_rate=1e-3, warmup_steps=2)
     optimizer, schedule = optim.optimizer(config, case.steps), optim.schedule(config, case.steps)
-    definition = Definition(arch, dtype=case.dtype)
+    definition = Definition(arch, Compute(dtype=case.dtype))
     abstract = abstract_state(definition, optimizer, mesh)
     ring = losses.ring_for(LossConfig(form=case.form), mesh, sharding.BATCH_AXES, GLOBAL_BATCH)
     train_step = make_train_step(definition, optimizer, schedule, abstract, ring=ring)

@@ -14,6 +14,7 @@ from clip_jax.architecture import Architecture
 from clip_jax.config import Config, DataConfig, LossConfig, MeshConfig, ModelConfig
 from clip_jax.errors import UserError
 from clip_jax.models.clip import Definition, Weights
+from clip_jax.models.transformer import Compute
 from clip_jax.models.variants import VARIANTS
 from clip_jax.models.vit import some_patches
 from clip_jax.training.microbatch import check_microbatch, in_parts
@@ -40,7 +41,7 @@ def mesh_of(*sizes: int) -> jax.sharding.Mesh:
 @functools.cache
 def compiled(mesh: jax.sharding.Mesh, parts: int, dtype: str) -> tuple[jax.stages.Compiled, tuple]:
     """Returns the program of the loss's value and gradients, with half of the patches dropped; and its arguments."""
-    definition = Definition(VIT, dtype=dtype, patch_dropout=0.5)
+    definition = Definition(VIT, Compute(dtype=dtype, patch_dropout=0.5))
     params = jax.tree.map(lambda x: x.astype(dtype), jax.jit(definition.init)(jax.random.key(0)).params)
     ring = losses.ring_for(LossConfig(form="ring"), mesh, sharding.BATCH_AXES, SIZE)
 
@@ -167,7 +168,7 @@ def test_batch_norm_sees_every_part_and_no_gradient_goes_through_its_running_sta
 
 
 def test_dropped_patches_are_another_choice_for_each_image_and_step_and_none_in_evaluation():
-    definition = Definition(VIT, patch_dropout=0.5)
+    definition = Definition(VIT, Compute(patch_dropout=0.5))
     weights = jax.jit(definition.init)(jax.random.key(0))
     batch = jax.tree.map(jnp.asarray, batch_of(1, VIT))
     batch = jax.tree.map(lambda x: jnp.repeat(x, 4, axis=0), batch)  # the same image four times

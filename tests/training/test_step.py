@@ -10,6 +10,7 @@ import pytest
 from clip_jax import optim, sharding
 from clip_jax.config import MeshConfig, OptimConfig
 from clip_jax.models.clip import LOGIT_SCALE_MAX, Definition, Weights
+from clip_jax.models.transformer import Compute
 from clip_jax.models.variants import VARIANTS
 from clip_jax.training.state import abstract_state, initial_state
 from clip_jax.training.step import make_train_step
@@ -73,7 +74,7 @@ def test_logit_scale_never_passes_ln_100():
 
 
 def test_gradients_of_a_token_that_repeats_add_up_in_float32_under_bfloat16_compute():
-    definition = Definition(ARCHITECTURE, dtype="bfloat16")
+    definition = Definition(ARCHITECTURE, Compute(dtype="bfloat16"))
     params, statistics = jax.jit(definition.init)(jax.random.key(0))
     tokens = jnp.asarray(np.tile(batch_of(1).tokens, (512, 1)))  # one caption, 512 times
 
