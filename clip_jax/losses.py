@@ -33,7 +33,10 @@ ABSENT = -1e30
 
 TILE = 1024  # rows and columns: 4 MB of logits, which stay in the cache of a core and fill a matrix unit
 
-DENSE_UP_TO = 4096  # pairs: 64 MB of logits, and five times that for what is made of them
+# What `auto` takes the dense form for: on many devices that is one gathering of texts, where a ring has two hops a
+# device, and each takes its time.
+DENSE_LOGITS = 4096**2  # a device: 64 MB, and five times that for what is made of them
+DENSE_PAIRS = 65_536  # in all: texts and two gradients that are whole on every device, 0.6 GB at width 768
 
 HIGHEST = jax.lax.Precision.HIGHEST  # else a TPU multiplies float32 as bfloat16: cosines would be off by 2^-8
 
@@ -50,18 +53,17 @@ class Ring:
 def ring_for(config: LossConfig, mesh: Mesh, axes: tuple[str, ...], global_batch: int) -> Ring | None:
     """Returns the ring of a run, or None where the loss is dense.
 
-    `auto` is dense up to DENSE_UP_TO pairs, unless a tile is given: what is there at once is a few hundred MB at most,
-    and no device waits for a neighbour.
+    `auto` is dense up to DENSE_PAIRS pairs and DENSE_LOGITS logits a device, unless a tile is given.
 
     Raises:
         UserError: the tile is larger than what a device has.
     """
-    form = config.form
+    form, rows = config.form, global_batch // math.prod(mesh.shape[axis] for axis in axes)
     if form == "auto":
-        form = "dense" if global_batch <= DENSE_UP_TO and config.tile is None else "ring"
+        few = rows * global_batch <= DENSE_LOGITS and global_batch <= DENSE_PAIRS
+        form = "dense" if few and config.tile is None else "ring"
     if form == "dense":
         return None
-    rows = global_batch // math.prod(mesh.shape[axis] for axis in axes)
     if config.tile is not None and config.tile > rows:
         raise UserError(
             f"loss.tile={config.tile} is larger than a device's block of {rows} pairs "

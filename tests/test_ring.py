@@ -14,7 +14,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from clip_jax import losses, sharding
-from clip_jax.config import MeshConfig
+from clip_jax.config import LossConfig, MeshConfig
+from clip_jax.errors import UserError
 
 AXES = ("data", "fsdp")
 SIZE, WIDTH = 48, 64  # pairs: 6 a device on 8 devices
@@ -169,3 +170,31 @@ def test_memory_grows_with_the_batch_and_one_device_holds_65536_in_half_a_gigaby
     small, large = (compiled(kind, b, 8).memory_analysis().temp_size_in_bytes for b in (2**17, 2**20))
     assert 7 < large / small < 9
     assert compiled(kind, 65536, 1).memory_analysis().temp_size_in_bytes <= 0.5e9
+
+
+# --- which form a run takes ---
+
+
+def form(devices: int, batch: int, **config) -> losses.Ring | None:
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:devices])
+    return losses.ring_for(LossConfig(**config), mesh, AXES, batch)
+
+
+def test_a_tile_larger_than_a_devices_block_is_refused_with_the_block():
+    with pytest.raises(UserError, match=r"loss.tile=9 is larger than a device's block of 8 pairs.*make it 8 at most"):
+        form(8, 64, form="ring", tile=9)
+    assert form(8, 64, form="ring", tile=8).tile == 8
+
+
+@pytest.mark.parametrize(("devices", "batch"), [(1, 4096), (8, 8192), (8, 11_584)])
+def test_auto_is_dense_where_a_device_has_few_logits_unless_a_tile_is_given(devices, batch):
+    assert form(devices, batch) is None
+    assert form(devices, 2 * batch).tile <= losses.TILE
+    assert form(devices, batch, tile=128).tile == 128
+    assert form(devices, 2 * batch, form="dense") is None
+
+
+def test_auto_is_a_ring_where_no_device_can_have_all_texts(monkeypatch):
+    monkeypatch.setattr(losses, "DENSE_PAIRS", 512)
+    assert form(8, 512) is None
+    assert form(8, 1024).tile == 128

@@ -32,9 +32,9 @@ def of_pair(architecture: Architecture, patch_dropout: float = 0.0) -> Flops:
     return Flops(2 * image, 2 * text)
 
 
-def of_loss(rows: int, columns: int, embed_dim: int) -> int:
-    """Returns those of the softmax loss and its gradients in the ring: cosines twice, and a product for each side."""
-    return 2 * 4 * rows * columns * embed_dim
+def of_loss(rows: int, columns: int, embed_dim: int, *, ring: bool) -> int:
+    """Returns those of the loss and its gradients: cosines, in the ring twice, and a product for each side."""
+    return 2 * (4 if ring else 3) * rows * columns * embed_dim
 
 
 # What follows counts multiply-adds.

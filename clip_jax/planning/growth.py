@@ -1,11 +1,13 @@
 """How the loss grows with the batch and the chips, on paper and by the TPU's compiler, beside the towers' time.
 
-    python -m clip_jax.planning.growth [--generation=v5p] [--batches=4096,…] [--chips=8,…] [--loss=softmax|sigmoid]
+    python -m clip_jax.planning.growth [--generation=v5p] [--batches=4096,…] [--chips=8,…]
+        [--loss=softmax|sigmoid] [--form=auto|dense|ring]
 
-Prints a table in Markdown. The loss and its gradients are compiled alone, in the ring; seconds a size.
+Prints a table in Markdown. The loss and its gradients are compiled alone; seconds a size.
 """
 
 import dataclasses
+from typing import Any
 
 from absl import flags
 
@@ -18,11 +20,13 @@ GENERATION = flags.DEFINE_string("generation", "v5p", "of TPU: v4, v5e, v5p, v6e
 BATCHES = flags.DEFINE_list("batches", ["4096", "32768", "1048576"], "global batches")
 CHIPS = flags.DEFINE_list("chips", ["8", "256", "2048"], "sizes of slices")
 LOSS = flags.DEFINE_enum("loss", "softmax", ["softmax", "sigmoid"], "which loss")
+FORM = flags.DEFINE_enum("form", "auto", ["auto", "dense", "ring"], "in which form, as loss.form of a config")
 TOWERS = flags.DEFINE_string("towers", "ViT-L/14", "whose towers stand beside it, and its embed_dim")
 TOWERS_MFU = flags.DEFINE_float("towers_mfu", 0.4, "share of the peak that the towers are taken to reach")
 
 PASSES = 6  # products of bfloat16 that a product of float32 at full precision is made of
-ARRAYS = 8  # [rows, E] in float32: both embeddings and their gradients, texts and gradients that come and go
+RING_ARRAYS = 8  # [rows, E]: both embeddings and their gradients, texts and gradients that come and go
+DENSE_ARRAYS = 3  # [batch, E]: texts and two gradients; beside them a row of logits for each row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,43 +35,39 @@ class Growth:
 
     batch: int
     chips: int
+    form: str  # ring or dense
     seconds: float  # by the compiler's estimate
-    link_seconds: float  # what the ring's messages take at full speed, not overlapped
+    link_seconds: float  # what its messages take at full speed, not overlapped
     bytes: int  # embeddings, gradients and temporaries
     paper_seconds: float
     paper_bytes: int
-    towers_seconds: float  # on paper
 
 
-def measure(place: Topology, batch: int, loss: str, variant: str, towers_mfu: float) -> Growth:
+def measure(place: Topology, batch: int, embed_dim: int, loss: str, form: str) -> Growth:
     """Returns the growth of one size."""
-    from clip_jax.models.variants import VARIANTS
-
-    architecture, rows = VARIANTS[variant], batch // place.chips
-    compiled = compile_loss(place, batch, architecture.embed_dim, loss)
-    paper_seconds, paper_bytes = on_paper(place, batch, architecture.embed_dim)
-    towers = rows * flops.of_pair(architecture).training
+    form, compiled = compile_loss(place, batch, embed_dim, loss, form)
+    paper_seconds, paper_bytes = on_paper(place, batch, embed_dim, ring=form == "ring")
     return Growth(
         batch=batch,
         chips=place.chips,
+        form=form,
         seconds=compiled.text.cycles() / place.generation.clock,
         link_seconds=sum(map(place.generation.link_seconds, compiled.text.collectives())),
         bytes=compiled.used - compiled.code,
         paper_seconds=paper_seconds,
         paper_bytes=paper_bytes,
-        towers_seconds=towers / (towers_mfu * place.generation.peak),
     )
 
 
-def on_paper(place: Topology, batch: int, embed_dim: int) -> tuple[float, int]:
-    """Returns (seconds of the loss's products at the chips' peak, bytes a chip of what has a row for each pair)."""
+def on_paper(place: Topology, batch: int, embed_dim: int, *, ring: bool) -> tuple[float, int]:
+    """Returns (seconds of the loss's products at the chips' peak, bytes a chip of its arrays), in float32."""
     rows = batch // place.chips
-    seconds = PASSES * flops.of_loss(rows, batch, embed_dim) / place.generation.peak
-    return seconds, ARRAYS * rows * embed_dim * 4
+    seconds = PASSES * flops.of_loss(rows, batch, embed_dim, ring=ring) / place.generation.peak
+    return seconds, 4 * (RING_ARRAYS * rows * embed_dim if ring else DENSE_ARRAYS * batch * embed_dim + rows * batch)
 
 
-def compile_loss(place: Topology, batch: int, embed_dim: int, loss: str):
-    """Returns the compiled (embeddings, scale, bias, valid) → (loss, gradients), in the ring of all chips."""
+def compile_loss(place: Topology, batch: int, embed_dim: int, loss: str, form: str) -> tuple[str, Any]:
+    """Returns the form on all chips, and the compiled (embeddings, scale, bias, valid) → (loss, gradients)."""
     devices = topology.devices(place)
     import jax
     import jax.numpy as jnp
@@ -79,7 +79,7 @@ def compile_loss(place: Topology, batch: int, embed_dim: int, loss: str):
     from clip_jax.planning import compiler
 
     mesh = sharding.make_mesh(MeshConfig(), devices)
-    ring = losses.ring_for(LossConfig(form="ring"), mesh, sharding.BATCH_AXES, batch)
+    ring = losses.ring_for(LossConfig(form), mesh, sharding.BATCH_AXES, batch)
 
     def shape(*sizes: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
         spec = sharding.BATCH if sizes else P()
@@ -92,16 +92,17 @@ def compile_loss(place: Topology, batch: int, embed_dim: int, loss: str):
 
     embeddings = shape(batch, embed_dim)
     differentiate = jax.jit(jax.value_and_grad(value, argnums=(0, 1, 2, 3)))
-    return compiler.compiled(differentiate.lower(embeddings, embeddings, shape(), shape(), shape(batch, dtype=bool)))
+    lowered = differentiate.lower(embeddings, embeddings, shape(), shape(), shape(batch, dtype=bool))
+    return "dense" if ring is None else "ring", compiler.compiled(lowered)
 
 
 HEAD = """\
-| batch | chips | pairs a chip | loss | on paper | ring's messages | towers, on paper | loss / towers | \
+| batch | chips | pairs a chip | form | loss | on paper | messages | towers, on paper | loss / towers | \
 memory a chip | on paper |
-|---|---|---|---|---|---|---|---|---|---|"""
+|---|---|---|---|---|---|---|---|---|---|---|"""
 
 
-def row(growth: Growth) -> str:
+def row(growth: Growth, towers_seconds: float) -> str:
     """Returns a line of the table."""
     from clip_jax.planning.report import duration, size
 
@@ -109,11 +110,12 @@ def row(growth: Growth) -> str:
         f"{growth.batch:,}",
         f"{growth.chips:,}",
         f"{growth.batch // growth.chips:,}",
+        growth.form,
         duration(growth.seconds),
         duration(growth.paper_seconds),
         duration(growth.link_seconds),
-        duration(growth.towers_seconds),
-        f"{100 * growth.seconds / growth.towers_seconds:.1f} %",
+        duration(towers_seconds),
+        f"{100 * growth.seconds / towers_seconds:.1f} %",
         size(growth.bytes),
         size(growth.paper_bytes),
     )
@@ -147,13 +149,15 @@ def main() -> None:
 
     if TOWERS.value not in VARIANTS:
         raise UserError(f"--towers={TOWERS.value}: no such model{nearest(TOWERS.value, VARIANTS)}")
+    towers = VARIANTS[TOWERS.value]
     progress = rich.console.Console(stderr=True)
     print(HEAD, flush=True)
     for batch in batches:
         for place in places:
             with progress.status(f"compiling the loss of {batch:,} pairs for {place.name}"):
-                grown = measure(place, batch, LOSS.value, TOWERS.value, TOWERS_MFU.value)
-            print(row(grown), flush=True)
+                grown = measure(place, batch, towers.embed_dim, LOSS.value, FORM.value)
+            towers_flops = batch // place.chips * flops.of_pair(towers).training
+            print(row(grown, towers_flops / (TOWERS_MFU.value * place.generation.peak)), flush=True)
 
 
 if __name__ == "__main__":

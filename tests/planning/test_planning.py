@@ -69,7 +69,9 @@ def test_a_plan_says_on_the_command_line_what_a_small_run_takes():
 def test_growth_prints_a_row_for_every_size():
     done = run("--batches=128,256", "--chips=8", module="clip_jax.planning.growth")
     _, _, *rows = done.stdout.splitlines()
-    assert [row.split(" | ")[:3] for row in rows] == [["| 128", "8", "16"], ["| 256", "8", "32"]]
+    assert [row.split(" | ")[:4] for row in rows] == [["| 128", "8", "16", "dense"], ["| 256", "8", "32", "dense"]]
+    _, _, line = run("--batches=128", "--chips=8", "--form=ring", module="clip_jax.planning.growth").stdout.splitlines()
+    assert line.startswith("| 128 | 8 | 16 | ring |")
 
 
 @pytest.mark.parametrize(
@@ -235,10 +237,13 @@ def test_the_row_of_what_does_not_fit_says_so_and_has_as_many_cells(fake):
     assert row.count("|") == report.MARKDOWN_HEAD.splitlines()[0].count("|")
 
 
-def test_the_loss_on_paper_grows_with_the_square_of_the_batch_and_its_memory_with_the_batch():
-    rows = {batch: growth.on_paper(topology.parse("v5e:2x4"), batch, 768) for batch in (4096, 8192)}
-    (seconds, size), (more_seconds, more) = rows.values()
+def test_the_ring_on_paper_grows_with_the_square_of_the_batch_and_its_memory_with_the_batch():
+    place = topology.parse("v5e:2x4")
+    (seconds, size), (more_seconds, more) = (growth.on_paper(place, batch, 768, ring=True) for batch in (4096, 8192))
     assert (more_seconds / seconds, more / size) == (4, 2)
+    dense_seconds, dense_size = growth.on_paper(place, 4096, 768, ring=False)
+    assert dense_seconds < seconds
+    assert dense_size > size
 
 
 @needs_libtpu

@@ -210,19 +210,6 @@ def test_a_microbatch_that_does_not_divide_is_refused_with_the_nearest_that_do(m
     assert check_microbatch(12, 48, mesh_of(2, 2, 2)) == 4
 
 
-def test_a_tile_larger_than_a_devices_block_is_refused_with_the_block():
-    with pytest.raises(UserError, match=r"loss.tile=9 is larger than a device's block of 8 pairs.*make it 8 at most"):
-        losses.ring_for(LossConfig(form="ring", tile=9), mesh_of(8, 1, 1), sharding.BATCH_AXES, 64)
-    assert losses.ring_for(LossConfig(form="ring", tile=8), mesh_of(8, 1, 1), sharding.BATCH_AXES, 64).tile == 8
-
-
 def test_patches_of_a_model_without_patches_are_not_dropped():
     with pytest.raises(UserError, match=r"model.patch_dropout=0.5: RN50 has no patches"):
         assemble(Config(model=ModelConfig(variant="RN50", patch_dropout=0.5)), jax.devices()[:1])
-
-
-def test_auto_is_dense_for_a_small_batch_and_a_ring_for_a_large_one():
-    mesh = mesh_of(8, 1, 1)
-    assert losses.ring_for(LossConfig(), mesh, sharding.BATCH_AXES, losses.DENSE_UP_TO) is None
-    assert losses.ring_for(LossConfig(), mesh, sharding.BATCH_AXES, 2 * losses.DENSE_UP_TO).tile == 1024
-    assert losses.ring_for(LossConfig(form="dense"), mesh, sharding.BATCH_AXES, 2**20) is None
