@@ -21,8 +21,8 @@ def start(arguments: list[str], **environment: str) -> subprocess.Popen:
     """Starts Python with the arguments, in the repository's root.
 
     What was compiled before is left alone: process 0 alone would find its own there, and Gloo waits for the others, who
-    compile, no longer than 30 s. Without optimisation all of them are quicker. Collectives come one after the other: Gloo
-    confuses those that run at the same time.
+    compile, no longer than 30 s. Without optimisation all of them are quicker. Collectives come one after the other:
+    Gloo confuses those that run at the same time.
     """
     flags = "--xla_backend_optimization_level=0 --xla_cpu_enable_concurrency_optimized_scheduler=false"
     quick = {"JAX_ENABLE_COMPILATION_CACHE": "false", "XLA_FLAGS": flags}
