@@ -133,6 +133,7 @@ def test_what_is_looked_for_in_a_compiled_program_is_found_where_the_batch_is_cu
     assert reduced_in_loops(text)
 
 
+@pytest.mark.full
 def test_an_eighth_of_the_batch_at_a_time_takes_a_fifth_of_the_memory_or_less():
     def memory(microbatch: int | None) -> int:
         config = Config(
