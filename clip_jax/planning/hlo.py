@@ -34,7 +34,8 @@ class Instruction:
 
     @property
     def operand_names(self) -> list[str]:
-        return re.findall(r"%([\w.\-]+)", self.operands) or re.findall(r"([\w.\-]+)(?:,|$)", self.operands)
+        """Returns the operands' names; newer compilers write "x#2" for part 2 of a tuple."""
+        return re.findall(r"%([\w.\-]+(?:#\d+)?)", self.operands) or re.findall(r"([\w.\-]+)(?:,|$)", self.operands)
 
     def child(self, key: str) -> str | None:
         found = _CHILD[key].search(self.rest)
@@ -78,7 +79,7 @@ class Program:
         return cls(computations, roots, entry)
 
     def instruction(self, computation: str, name: str) -> Instruction:
-        return parsed(self.computations[computation][name])
+        return parsed(self.computations[computation][name.partition("#")[0]])
 
     def cycles(self) -> int:
         """Returns the compiler's estimate of one run; 0 where it made none (on a CPU)."""
@@ -150,9 +151,15 @@ class Program:
         begun = instruction
         if instruction.opcode.endswith("-done"):
             begun = self.instruction(computation, instruction.operand_names[0])
-        lines = self.computations[computation]
-        going_in = sum(bytes_of(parsed(lines[name]).kind) for name in begun.operand_names if name in lines)
-        return max(going_in, bytes_of(instruction.kind))
+        return max(sum(self._bytes_of(computation, name) for name in begun.operand_names), bytes_of(instruction.kind))
+
+    def _bytes_of(self, computation: str, name: str) -> int:
+        """Returns the bytes of an operand, or of the part of a tuple that it is."""
+        whole, _, part = name.partition("#")
+        if whole not in self.computations[computation]:
+            return 0
+        kind = self.instruction(computation, whole).kind
+        return bytes_of([match[0] for match in _ARRAY.finditer(kind)][int(part)] if part else kind)
 
     # --- how often a loop runs ---
 
@@ -191,6 +198,8 @@ class Program:
     def _resolved(self, computation: str, name: str, outer: tuple | None = None) -> tuple[str, int] | None:
         """Returns ("constant", its value) or ("state", which part of the loop's state)."""
         found = self.instruction(computation, name)
+        if found.opcode == "parameter" and "#" in name:
+            return "state", int(name.partition("#")[2])
         if found.opcode == "constant":
             value = re.fullmatch(r"-?\d+", found.operands)
             return value and ("constant", int(value[0]))
