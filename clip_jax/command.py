@@ -63,12 +63,12 @@ def checked(config: Any) -> Config:
     return build(Config, dataclasses.asdict(config))
 
 
-def _without(argv: list[str], flags: list[str]) -> list[str]:
+def _without(argv: list[str], names: list[str]) -> list[str]:
     """Returns the arguments without some flags."""
     kept, arguments = [], iter(argv)
     for arg in arguments:
         name, equals, _ = arg.partition("=")
-        if name.lstrip("-") not in flags or not arg.startswith("-"):
+        if name.lstrip("-") not in names or not arg.startswith("-"):
             kept.append(arg)
         elif not equals:
             next(arguments, None)
