@@ -23,8 +23,10 @@ DATASET := tfds:captioned_digits:test
 
 # The PyTorch references, for tests only. torch: exactly this one (PyPI's newest brings gigabytes of CUDA); some
 # without their dependencies, since torchvision has no CPU build and is only needed for transforms on PIL images.
-# clip-anytorch is OpenAI's code; it wants pkg_resources, which setuptools dropped in version 81.
-ORACLES := "torch==2.13.0" "setuptools<81" regex tqdm packaging "transformers==5.23.0" sentencepiece protobuf
+# clip-anytorch is OpenAI's code; it wants pkg_resources, which setuptools dropped in version 81. img2dataset writes
+# the shards that people train on.
+ORACLES := "torch==2.13.0" "setuptools<81" regex tqdm packaging "transformers==5.23.0" sentencepiece protobuf \
+  "img2dataset==1.47.0"
 ORACLES_NO_DEPS := "torchvision==0.28.0" clip-anytorch "open_clip_torch==3.3.0" "timm==1.0.31"
 
 .PHONY: quickstart test test-full test-latest benchmark plans lint clean

@@ -18,6 +18,7 @@ from clip_jax.errors import UserError, nearest
 COMPUTE_DTYPES = ("float32", "bfloat16")
 REMAT_POLICIES = ("none", "full", "dots", "attention")
 ATTENTION = ("auto", "xla", "cudnn")
+MAX_IMAGE_PIXELS = 89_478_485
 LOSS_FORMS = ("auto", "dense", "ring")
 
 
@@ -84,19 +85,46 @@ class LossConfig(Checked):
 class DataConfig(Checked):
     """Where pairs come from, and what is done to them on the host."""
 
-    train: str | None = "tfds:captioned_digits:train"  # tfds:NAME[:SPLIT]; None: a recipe whose data you have to name
+    # tfds:NAME[:SPLIT], wds:TARS, folder:DIR, csv:FILE, "3 * wds:… + 1 * tfds:…"; None: you have to name it
+    train: str | None = "tfds:captioned_digits:train"
+    image_keys: str | None = None  # such as "jpg;png", the first that a record has; None: by the kind of source
+    caption_keys: str | None = None  # such as "txt;json.alt", of which one is drawn; None: by the kind of source
     data_dir: str | None = None  # where TFDS keeps its data sets; None: TFDS's own choice (~/tensorflow_datasets)
     global_batch: int = 256  # pairs a step, over all devices of all hosts
-    crop_scale: tuple[float, float] = (0.9, 1.0)  # share of the area that a random square keeps, where the shape allows
-    num_threads: int = 2  # that read and decode, each two batches ahead; of each worker, where there are workers
-    num_workers: int = 0  # processes beside the training process, on each host
+    crop_scale: tuple[float, float] = (0.9, 1.0)  # share of the area that a random crop keeps, where the shape allows
+    crop_ratio: tuple[float, float] = (1.0, 1.0)  # of the crop's width to its height; OpenCLIP has (0.75, 1.3333)
+    flip: bool = False  # left to right, every other time; what is written in a picture is then mirrored
+    color_jitter: tuple[float, float, float, float] | None = None  # ± brightness, contrast, saturation; hue
+    min_image_size: int = 8  # pixels of the shorter side: trackers and separators are no pictures
+    max_image_pixels: int = MAX_IMAGE_PIXELS  # PIL warns of larger ones
+    bad_limit: float = 0.05  # of the last 10,000 pairs; a run of which more cannot be read stops
+    accept_changes: bool = False  # go on though the data is not what the run was reading
+    num_threads: int = 2  # that read and decode; of each worker, where there are workers
+    num_workers: int | None = None  # processes beside the training process, on each host; None: as many as it takes
 
     def check(self) -> None:
         _require(self.global_batch > 0, f"data.global_batch={self.global_batch} must be at least 1")
         low, high = self.crop_scale
         _require(0 < low <= high <= 1, f"data.crop_scale={self.crop_scale} must be two shares, 0 < low <= high <= 1")
+        low, high = self.crop_ratio
+        _require(0 < low <= high, f"data.crop_ratio={self.crop_ratio} must be two ratios, 0 < low <= high")
+        if self.color_jitter is not None:
+            *factors, hue = self.color_jitter
+            _require(
+                min(factors) >= 0 and 0 <= hue <= 0.5,
+                f"data.color_jitter={self.color_jitter} must not be negative, and its last, of the hue, at most 0.5",
+            )
+        _require(self.min_image_size > 0, f"data.min_image_size={self.min_image_size} must be at least 1")
+        _require(
+            0 < self.max_image_pixels <= MAX_IMAGE_PIXELS,
+            f"data.max_image_pixels={self.max_image_pixels} must be in [1, {MAX_IMAGE_PIXELS:,}], which is PIL's limit",
+        )
+        _require(0 < self.bad_limit <= 1, f"data.bad_limit={self.bad_limit} must be a share in (0, 1]")
         _require(self.num_threads > 0, f"data.num_threads={self.num_threads} must be at least 1")
-        _require(self.num_workers >= 0, f"data.num_workers={self.num_workers} must not be negative")
+        _require(
+            self.num_workers is None or self.num_workers >= 0,
+            f"data.num_workers={self.num_workers} must not be negative",
+        )
 
 
 @dataclasses.dataclass
@@ -175,6 +203,9 @@ FREE_ON_RESUME = (
     "log_every",
     "checkpoint_every",
     "keep_checkpoints",
+    "data.train",  # where it lies; what it holds may not, unless the next says so
+    "data.accept_changes",
+    "data.bad_limit",
     "data.data_dir",
     "data.num_threads",
     "data.num_workers",
@@ -220,7 +251,7 @@ def _convert(value: Any, hint: Any, at: str) -> Any:
     raise UserError(f"{at}={reprlib.repr(value)} should be {type_name(hint)}")
 
 
-def _convert_union(value: Any, members: tuple[type, ...], at: str) -> Any:
+def _convert_union(value: Any, members: tuple[Any, ...], at: str) -> Any:
     """Returns `value` as one of the types: None where that is one, else by the word `kind` where there are several."""
     if value is None and types.NoneType in members:
         return None

@@ -38,6 +38,13 @@ def open_clip() -> ModuleType:
     return require("open_clip", package="open_clip_torch")
 
 
+def torchvision() -> ModuleType:
+    """Returns torchvision, for its transforms of PIL's images."""
+    declare_torchvision_operators()
+    require("torchvision.transforms", package="torchvision")
+    return require("torchvision")
+
+
 def transformers() -> ModuleType:
     """Returns Hugging Face's models."""
     declare_torchvision_operators()

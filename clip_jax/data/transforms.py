@@ -1,11 +1,15 @@
 """From an encoded image to the tower's pixels, on the host and on PIL: uint8, RGB, square."""
 
+import dataclasses
 import io
+import math
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageEnhance, ImageOps
 
 from clip_jax.architecture import Preprocess
+from clip_jax.config import MAX_IMAGE_PIXELS
+from clip_jax.data.problems import BadRecord, Problem
 from clip_jax.errors import UserError
 from clip_jax.typing import UInt8
 
@@ -133,21 +137,131 @@ RESIZED = {"shortest": _shortest, "squash": _squash, "longest": _longest}
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
-def random_crop(
-    image: Image.Image,
-    size: int,
-    preprocess: Preprocess,
-    *,
-    scale: tuple[float, float],
-    random: np.random.Generator,
-) -> UInt8[np.ndarray, "H W C"]:
-    """Returns a random square that keeps a share within `scale` of the image's area, resized to `size`.
+@dataclasses.dataclass(frozen=True)
+class Augmentation:
+    """What is random about a training image; the defaults are CLIP's only augmentation (section 2.4)."""
 
-    CLIP's only augmentation (section 2.4). A share that the shorter side cannot give is cut down to what it can.
+    crop_scale: tuple[float, float] = (0.9, 1.0)  # share of the area that is kept, where the shape allows
+    crop_ratio: tuple[float, float] = (1.0, 1.0)  # of the crop's width to its height, evenly in its logarithm
+    flip: bool = False  # left to right, every other time
+    color_jitter: tuple[float, float, float, float] | None = None  # brightness, contrast, saturation, hue (± these)
+    min_image_size: int = 1  # pixels of the shorter side
+    max_image_pixels: int = MAX_IMAGE_PIXELS
+
+
+def training_crop(
+    data: bytes, size: int, preprocess: Preprocess, augmentation: Augmentation, random: np.random.Generator
+) -> UInt8[np.ndarray, "H W C"]:
+    """Returns a random part of an encoded image, resized to a square of `size`.
+
+    A JPEG is decoded at a half, a quarter or an eighth of its size where the part has still `size` pixels a side then,
+    which libjpeg does for a fraction of the time. A part that the image's shape cannot give is made smaller.
+
+    Raises:
+        BadRecord: not an image, a damaged one, or one too small or too large.
     """
-    width, height = image.size
-    side = min((random.uniform(*scale) * width * height) ** 0.5, width, height)
-    left, top = random.uniform(0, width - side), random.uniform(0, height - side)
-    box = (left, top, left + side, top + side)
-    rgb = on_white(image) if preprocess.rgb_first else image.convert("RGB")
-    return np.asarray(rgb.resize((size, size), RESAMPLING[preprocess.interpolation], box=box))
+    image = _opened(data)
+    check_size(*image.size, augmentation.min_image_size, augmentation.max_image_pixels)
+    left, top, right, bottom = _random_box(*image.size, augmentation, random)
+    try:
+        full = image.width
+        shrunk = min((right - left) / size, (bottom - top) / size)
+        if image.format == "JPEG" and shrunk >= 2:
+            image.draft(None, (math.ceil(image.width / shrunk), math.ceil(image.height / shrunk)))
+        scale = round(full / image.width)  # libjpeg rounds sizes up: the part lies within
+        box = (left / scale, top / scale, right / scale, bottom / scale)
+        rgb = on_white(image) if preprocess.rgb_first else _rgb(image)
+    except Exception as error:  # PIL's readers raise what they like
+        raise BadRecord(Problem.DAMAGED) from error
+    cropped = rgb.resize((size, size), RESAMPLING[preprocess.interpolation], box=box)
+    if augmentation.flip and random.random() < 0.5:
+        cropped = cropped.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if augmentation.color_jitter is not None:
+        cropped = _jittered(cropped, augmentation.color_jitter, random)
+    return np.asarray(cropped)
+
+
+def _opened(data: bytes) -> Image.Image:
+    """Returns an image of which only the header is read."""
+    try:
+        return Image.open(io.BytesIO(data))
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise BadRecord(Problem.TOO_LARGE) from error
+    except Exception as error:  # PIL's readers raise what they like
+        raise BadRecord(Problem.NOT_AN_IMAGE) from error
+
+
+def header_size(data: bytes) -> tuple[int, int]:
+    """Returns (width, height) of an image by its first bytes.
+
+    Raises:
+        BadRecord: they are not those of an image, or not enough of them.
+    """
+    return _opened(data).size
+
+
+def check_size(width: int, height: int, min_size: int, max_pixels: int) -> None:
+    """Raises BadRecord for an image that is too small or too large."""
+    if min(width, height) < max(min_size, 1):
+        raise BadRecord(Problem.TOO_SMALL)
+    if width * height > max_pixels:
+        raise BadRecord(Problem.TOO_LARGE)
+
+
+def _random_box(
+    width: int, height: int, augmentation: Augmentation, random: np.random.Generator
+) -> tuple[float, float, float, float]:
+    """Returns (left, top, right, bottom) of the part that is kept."""
+    area = random.uniform(*augmentation.crop_scale) * width * height
+    along, down = random.random(2)
+    ratio = math.exp(random.uniform(*map(math.log, augmentation.crop_ratio)))
+    wide, high = math.sqrt(area * ratio), math.sqrt(area / ratio)
+    fits = min(1, width / wide, height / high)
+    wide, high = min(wide * fits, width), min(high * fits, height)
+    left, top = along * (width - wide), down * (height - high)
+    return left, top, min(left + wide, width), min(top + high, height)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """Returns the image in RGB; PIL would take all of 16 bits that is over 255 for white."""
+    if image.mode == "RGB":
+        image.load()
+        return image
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    image.load()
+    image.info.pop("transparency", None)  # RGB has none, and PIL would warn of it
+    return image.convert("RGB")
+
+
+def _jittered(
+    image: Image.Image, strength: tuple[float, float, float, float], random: np.random.Generator
+) -> Image.Image:
+    """Returns the image with brightness, contrast, saturation and hue changed, in an order that is random too."""
+    *factors, hue = strength
+    amounts = [random.uniform(max(0, 1 - factor), 1 + factor) for factor in factors] + [random.uniform(-hue, hue)]
+    for i in random.permutation(len(CHANGES)):
+        image = CHANGES[i](image, amounts[i])
+    return image
+
+
+def _brightness(image: Image.Image, factor: float) -> Image.Image:
+    return ImageEnhance.Brightness(image).enhance(factor)
+
+
+def _contrast(image: Image.Image, factor: float) -> Image.Image:
+    return ImageEnhance.Contrast(image).enhance(factor)
+
+
+def _saturation(image: Image.Image, factor: float) -> Image.Image:
+    return ImageEnhance.Color(image).enhance(factor)
+
+
+def _hue(image: Image.Image, turn: float) -> Image.Image:
+    """Returns the image with its hues turned by a share of the circle."""
+    hue, saturation, value = image.convert("HSV").split()
+    turned = np.asarray(hue) + np.uint8(int(turn * 255) % 256)
+    return Image.merge("HSV", (Image.fromarray(turned), saturation, value)).convert("RGB")
+
+
+CHANGES = (_brightness, _contrast, _saturation, _hue)  # with a factor each, and a share of the circle

@@ -5,6 +5,7 @@ Orbax writes in the background, under a temporary name until all is there, and k
 
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -116,15 +117,27 @@ def _some(**trees: Any) -> dict[str, Any]:
     return {name: tree for name, tree in trees.items() if jax.tree.leaves(tree)}
 
 
-def check_position(saved: dict[str, Any], current: dict[str, Any]) -> None:
-    """Raises UserError when the data is not what the run was reading; names what differs."""
+def changed_data(saved: dict[str, Any], current: dict[str, Any], *, shown: int = 10) -> str | None:
+    """Returns in what the data is not what the run was reading, in words; None: in nothing."""
+    was, now = dict(_leaves(saved)), dict(_leaves(current))
     changed = [
-        f"{key}: {json.dumps(saved.get(key))} -> {json.dumps(current.get(key))}"
-        for key in sorted(saved.keys() | current.keys())
-        if saved.get(key) != current.get(key)
+        f"{key}: {json.dumps(was.get(key))} -> {json.dumps(now.get(key))}"
+        for key in sorted(was.keys() | now.keys())
+        if was.get(key) != now.get(key)
     ]
-    if changed:
-        raise UserError(f"the data is not what the run was reading ({'; '.join(changed)}); choose another workdir")
+    if not changed:
+        return None
+    more = f"; and {len(changed) - shown:,} more" if len(changed) > shown else ""
+    return f"the data is not what the run was reading ({'; '.join(changed[:shown])}{more})"
+
+
+def _leaves(tree: dict[str, Any], at: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields (path, value) of a nested dict."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{at}{key}/")
+        else:
+            yield f"{at}{key}", value
 
 
 def _check_tree(folder: Path, tree: Any) -> None:

@@ -1,17 +1,18 @@
 """A run from its config to its last checkpoint; started again in the same folder, it goes on where it was."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from clip_jax import distributed, sharding
-from clip_jax.architecture import Architecture
 from clip_jax.config import Config, leaves
-from clip_jax.data.pipeline import Order, TrainingPairs, training_batches
-from clip_jax.data.sources import Source, open_source
-from clip_jax.tokenizer import make
-from clip_jax.training.checkpoint import Checkpoints, check_position
+from clip_jax.data.pipeline import training_pairs
+from clip_jax.data.sources import Source, open_training_source
+from clip_jax.errors import UserError
+from clip_jax.training.checkpoint import Checkpoints, changed_data
+from clip_jax.training.feed import BadLimit, Feed, in_words
 from clip_jax.training.metrics import MetricsLog, Progress, StepClock
 from clip_jax.training.program import Program, assemble
 from clip_jax.workdir import Workdir
@@ -26,11 +27,11 @@ def train(config: Config, workdir: Path, *, devices: list[jax.Device] | None = N
     """
     # 1. What is computed, and where. Everything that can be wrong is found before anything is written.
     program = assemble(config, devices)
-    arch, mesh = program.architecture, program.mesh
+    arch = program.architecture
     folder = Workdir(workdir)
     folder.check(config, arch)
     tokenizer = folder.tokenizer_for(config.model, arch)
-    source = open_source(config.data.train, data_dir=config.data.data_dir)
+    source = open_training_source(config.data)
     distributed.agree(_facts(program, tokenizer, source, folder))
 
     # 2. The folder, and in it the state: new, or as it was left.
@@ -40,39 +41,50 @@ def train(config: Config, workdir: Path, *, devices: list[jax.Device] | None = N
     with Checkpoints(folder.checkpoints, keep=config.keep_checkpoints) as checkpoints:
         start = checkpoints.latest() or 0
         if start:
-            check_position(checkpoints.position(start), _position(config, source, start))
+            changed = changed_data(checkpoints.position(start), _position(config, source, start))
+            if changed and not config.data.accept_changes:
+                raise UserError(f"{changed}; choose another workdir, or go on with --config.data.accept_changes=true")
             state = checkpoints.restore(start, program.state)
             if is_first:
                 folder.claim(config, arch)  # with what may change: the mesh, cadences
         else:
             state = program.initial_state()
 
-        # 3. The data, from the example where the run is.
-        batches = _batches(config, arch, tokenizer, source, mesh, start)
-
-        # 4. Step by step. Metrics are read only when they are logged: the device is never waited for in between.
-        clock = StepClock(config.data.global_batch)
+        # 3. The data, from the example where the run is; and step by step. Metrics are read only when they are logged:
+        # the device is never waited for in between.
         with (
             MetricsLog(folder if is_first else None, resumed_at=start) as log,
             Progress(config.total_steps, done=start, quiet=not is_first) as progress,
+            _feed(program, tokenizer, source, start) as feed,
+            StepClock(config.data.global_batch) as clock,
         ):
-            said = (*program.described(), *sharding.summary(program.state.params))
-            for line in (*said, f"data: {len(source):,} records of {config.data.train}"):
+            data = f"data: {len(source):,} records of {config.data.train}"
+            for line in (
+                *program.described(),
+                *sharding.summary(program.state.params),
+                data,
+                *source.inventory().said(),
+            ):
                 progress.say(line)
             if start:
                 progress.say(f"resumed at step {start}")
+            limit = BadLimit(config.data.bad_limit, seen=start * config.data.global_batch)
             for step in range(start + 1, config.total_steps + 1):
                 with clock.waiting_for_data():
-                    batch = sharding.to_mesh(next(batches), config.data.global_batch, mesh)
+                    batch = next(feed)
                 state, metrics = program.train_step(state, batch)
-                clock.steps += 1
+                clock.dispatched(metrics["loss"])
                 progress.advance(step)
                 if step == 1 or every(config.log_every, step, config.total_steps):
                     scalars = {name: value.item() for name, value in jax.device_get(metrics).items()} | clock.lap()
-                    log.write(step, scalars)
+                    scalars["data_wait"], bad = feed.report(scalars["data_wait"], progress.say)
+                    log.write(step, scalars, bad)
                     progress.show(step, scalars)
+                    limit.check(step * config.data.global_batch, bad)
                 if every(config.checkpoint_every, step, config.total_steps):
                     checkpoints.save(state, _position(config, source, step))
+            if bad := log.bad():
+                progress.say(f"left out {in_words(bad)}")
             progress.say(f"trained to step {config.total_steps}; the run is in {workdir}")
 
 
@@ -101,21 +113,11 @@ def _position(config: Config, source: Source, step: int) -> dict[str, Any]:
     return {"examples_seen": step * config.data.global_batch, "seed": config.seed, "data": source.fingerprint()}
 
 
-def _batches(
-    config: Config, arch: Architecture, tokenizer: str | None, source: Source, mesh: jax.sharding.Mesh, start: int
-):
+def _feed(program: Program, tokenizer: str | None, source: Source, start: int) -> Feed:
     """Returns this host's batches from step `start` on."""
-    pairs = TrainingPairs(
-        source=source,
-        order=Order(len(source), config.seed),
-        first=start * config.data.global_batch,
-        last=config.total_steps * config.data.global_batch,
-        global_batch=config.data.global_batch,
-        rows=sharding.host_rows(config.data.global_batch, mesh),
-        image_size=arch.image.image_size,
-        preprocess=arch.preprocess,
-        context_length=arch.text.context_length,
-        tokenize=make(arch.tokenize, tokenizer),
-        crop_scale=config.data.crop_scale,
-    )
-    return training_batches(pairs, num_threads=config.data.num_threads, num_workers=config.data.num_workers)
+    data, mesh = program.config.data, program.mesh
+    rows = sharding.host_rows(data.global_batch, mesh)
+    pairs = training_pairs(program.config, program.architecture, tokenizer, source, rows=rows, start=start)
+    # A CPU that trains has no core to spare.
+    spare = 0 if mesh.devices.flat[0].platform == "cpu" else len(os.sched_getaffinity(0))
+    return Feed(pairs, mesh, data, cores=spare)

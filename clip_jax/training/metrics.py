@@ -1,5 +1,6 @@
 """What a run says of itself: `metrics.jsonl`, TensorBoard, and a bar on the screen."""
 
+import concurrent.futures
 import contextlib
 import json
 import sys
@@ -9,10 +10,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import jax
 import rich.console
 import rich.progress
 
 from clip_jax.files import write_text
+from clip_jax.training.feed import Bad, loggable, merged, total
 from clip_jax.workdir import Workdir
 
 QUIET_SECONDS = 10  # between two lines where there is no terminal to draw a bar on
@@ -25,18 +28,24 @@ class MetricsLog:
         self._writes = workdir is not None
         if workdir is None:
             return
-        _keep_until(workdir.metrics_file, resumed_at)
-        self._file = workdir.metrics_file.open("a", encoding="utf-8")
+        self._path = workdir.metrics_file
+        _keep_until(self._path, resumed_at)
+        self._file = self._path.open("a", encoding="utf-8")
         self._board = _tensorboard().SummaryWriter(str(workdir.tensorboard), purge_step=resumed_at + 1)
 
-    def write(self, step: int, scalars: dict[str, float]) -> None:
+    def write(self, step: int, scalars: dict[str, float], bad: Bad) -> None:
         """Writes one line, at once: a killed run keeps what it logged."""
         if not self._writes:
             return
-        self._file.write(json.dumps({"step": step, **scalars}) + "\n")
+        self._file.write(json.dumps({"step": step, **scalars, **loggable(bad)}) + "\n")
         self._file.flush()
-        for name, value in scalars.items():
+        for name, value in (scalars | {"bad_records": total(bad)}).items():
             self._board.add_scalar(name, value, step)
+
+    def bad(self) -> Bad:
+        """Returns what could not be read in the whole run, by its own lines."""
+        lines = read_metrics(self._path) if self._writes else []
+        return merged([line.get("bad_records", {}) for line in lines])
 
     def __enter__(self) -> "MetricsLog":
         return self
@@ -73,31 +82,54 @@ def _keep_until(path: Path, step: int) -> None:
 
 
 class StepClock:
-    """Measures the steps since the last lap: pairs a second, and the share of the time that data was waited for."""
+    """Measures the steps since the last lap: pairs a second, and the share of the time that devices waited for data.
+
+    The host runs ahead of the devices: that it waits for a batch costs nothing before they are done with the last one.
+    """
 
     def __init__(self, global_batch: int):
-        self.steps = 0
         self._global_batch = global_batch
+        self._steps = 0
         self._since = time.monotonic()
-        self._waited = 0.0
+        self._waits: list[tuple[float, float, concurrent.futures.Future[float] | None]] = []  # asked, came, idle since
+        self._watcher = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="step-clock")
+        self._idle_since: concurrent.futures.Future[float] | None = None
 
     @contextlib.contextmanager
     def waiting_for_data(self) -> Iterator[None]:
-        """Counts the time of its block as waiting."""
+        """Counts the time of its block as waiting, as far as the devices are idle in it."""
         asked = time.monotonic()
         yield
-        self._waited += time.monotonic() - asked
+        self._waits.append((asked, time.monotonic(), self._idle_since))
+
+    def dispatched(self, result: jax.Array) -> None:
+        """Notes that a step has begun, of which this is a result; the time when it is done is noted beside."""
+        self._steps += 1
+        self._idle_since = self._watcher.submit(_time_when_ready, result)
 
     def lap(self) -> dict[str, float]:
-        """Returns pairs_per_second and data_wait, and starts anew."""
+        """Returns pairs_per_second and data_wait, and starts anew; waits until the last step is done."""
+        if self._idle_since is not None:
+            self._idle_since.result()
+        waited = sum(
+            max(0.0, came - max(asked, asked if idle is None else idle.result())) for asked, came, idle in self._waits
+        )
         now = time.monotonic()
         seconds = now - self._since
-        scalars = {
-            "pairs_per_second": self.steps * self._global_batch / seconds,
-            "data_wait": self._waited / seconds,
-        }
-        self.steps, self._since, self._waited = 0, now, 0.0
+        scalars = {"pairs_per_second": self._steps * self._global_batch / seconds, "data_wait": waited / seconds}
+        self._steps, self._since, self._waits = 0, now, []
         return scalars
+
+    def __enter__(self) -> "StepClock":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._watcher.shutdown(wait=False)
+
+
+def _time_when_ready(result: jax.Array) -> float:
+    result.block_until_ready()
+    return time.monotonic()
 
 
 class Progress:

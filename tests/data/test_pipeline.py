@@ -14,9 +14,10 @@ from tiny_tokenizers import BOS, EOS, PAD, few_words
 
 from clip_jax import tokenizer
 from clip_jax.architecture import Preprocess, Tokenize
-from clip_jax.data.pipeline import Order, TrainingPairs, evaluation_batches, randomness, training_batches
-from clip_jax.data.sources import Record, open_source
-from clip_jax.data.transforms import random_crop
+from clip_jax.data.pipeline import HostBatch, Order, TrainingPairs, evaluation_batches, randomness, training_batches
+from clip_jax.data.problems import Problem
+from clip_jax.data.sources import Inventory, Record, open_source
+from clip_jax.data.transforms import Augmentation, training_crop
 from clip_jax.errors import UserError
 from clip_jax.typing import Batch
 
@@ -45,12 +46,18 @@ class Memory:
     def fingerprint(self) -> dict[str, Any]:
         return {"length": self.length}
 
+    def shard_of(self, index: int) -> str:
+        return f"shard {index // 10}"
+
+    def inventory(self) -> Inventory:
+        return Inventory(shards=1)
+
 
 def pairs_of(source, *, seed: int = 0, rows=range(GLOBAL), first: int = 0, steps: int = 7) -> TrainingPairs:
     """Returns what a host reads from batch `first` to batch `steps`: with 20 records, almost three epochs."""
     return TrainingPairs(
         source=source,
-        order=Order(len(source), seed),
+        order=Order.of(source, seed),
         first=first * GLOBAL,
         last=steps * GLOBAL,
         global_batch=GLOBAL,
@@ -59,12 +66,14 @@ def pairs_of(source, *, seed: int = 0, rows=range(GLOBAL), first: int = 0, steps
         preprocess=Preprocess(),
         context_length=10,
         tokenize=tokenizer.tokenize,
-        crop_scale=(0.3, 1.0),
+        augmentation=Augmentation((0.3, 1.0)),
     )
 
 
 def read(pairs: TrainingPairs, *, threads: int = 2, workers: int = 0) -> list[Batch]:
-    return list(training_batches(pairs, num_threads=threads, num_workers=workers))
+    loaded = list(training_batches(pairs, num_threads=threads, num_workers=workers))
+    assert all(isinstance(host, HostBatch) for host in loaded)
+    return [host.batch for host in loaded]
 
 
 def assert_equal(found: list[Batch], expected: list[Batch]) -> None:
@@ -79,7 +88,7 @@ def assert_equal(found: list[Batch], expected: list[Batch]) -> None:
 
 
 def indices(seed: int, epoch: int, length: int = 101) -> list[int]:
-    order = Order(length, seed)
+    order = Order((length,), seed)
     found = [order[position] for position in range(epoch * length, (epoch + 1) * length)]
     assert {e for e, _ in found} == {epoch}
     return [index for _, index in found]
@@ -99,9 +108,9 @@ def test_no_two_epochs_and_no_two_seeds_have_the_same_order():
 
 
 def test_the_order_is_a_function_of_seed_and_position_however_it_is_asked():
-    order = Order(101, 5)
+    order = Order((101,), 5)
     forwards = [order[i] for i in range(303)]
-    assert [Order(101, 5)[i] for i in reversed(range(303))] == forwards[::-1]
+    assert [Order((101,), 5)[i] for i in reversed(range(303))] == forwards[::-1]
     assert [pickle.loads(pickle.dumps(order))[i] for i in range(303)] == forwards
 
 
@@ -121,7 +130,8 @@ def expected() -> list[Batch]:
     pairs = pairs_of(Memory(20))
     assert len(pairs) == 7 * GLOBAL
     return [
-        Batch(*map(np.stack, zip(*map(pairs.__getitem__, range(i, i + GLOBAL)), strict=True))) for i in range(0, 56, 8)
+        Batch(*map(np.stack, zip(*(pairs[j].batch for j in range(i, i + GLOBAL)), strict=True)))
+        for i in range(0, 56, 8)
     ]
 
 
@@ -182,7 +192,7 @@ def test_tokens_are_those_of_one_of_the_records_captions_and_every_caption_has_i
     for i in range(len(pairs)):
         _, index = pairs.order[i]
         rows = [tokenizer.tokenize(caption, 10)[0].tolist() for caption in source[index].captions]
-        chosen.add((index, rows.index(pairs[i].tokens.tolist())))
+        chosen.add((index, rows.index(pairs[i].batch.tokens.tolist())))
     assert len(chosen) == 20 * 3
 
 
@@ -191,23 +201,25 @@ def test_a_record_is_cropped_anew_in_every_epoch():
     by_record = {}
     for i in range(40):
         epoch, index = pairs.order[i]
-        by_record.setdefault(index, {})[epoch] = pairs[i].image
+        by_record.setdefault(index, {})[epoch] = pairs[i].batch.image
     assert all((crops[0] != crops[1]).any() for crops in by_record.values())
 
 
 # --- what cannot be read ---
 
 
-def test_an_image_that_cannot_be_decoded_is_a_black_pair_that_is_not_valid_and_all_others_stay(expected):
+def test_a_record_that_cannot_be_read_is_an_empty_pair_that_is_not_valid_and_all_others_stay(expected):
     damaged = (3, 17)
-    with pytest.warns(UserWarning, match="left out image"):
-        found = read(pairs_of(Memory(20, damaged)))
-    order = Order(20, 0)
-    for i, (batch, whole) in enumerate(zip(found, expected, strict=True)):
-        bad = np.isin([order[i * GLOBAL + row][1] for row in range(GLOBAL)], damaged)
-        np.testing.assert_array_equal(batch.valid, ~bad)
-        np.testing.assert_array_equal(batch.tokens, whole.tokens)
-        np.testing.assert_array_equal(batch.image, np.where(bad[:, None, None, None], 0, whole.image))
+    found = list(training_batches(pairs_of(Memory(20, damaged)), num_threads=2, num_workers=0))
+    order = Order((20,), 0)
+    for i, (host, whole) in enumerate(zip(found, expected, strict=True)):
+        indices = [order[i * GLOBAL + row][1] for row in range(GLOBAL)]
+        bad = np.isin(indices, damaged)
+        np.testing.assert_array_equal(host.index, indices)
+        np.testing.assert_array_equal(host.problem, np.where(bad, Problem.DAMAGED, Problem.NONE))
+        np.testing.assert_array_equal(host.batch.valid, ~bad)
+        np.testing.assert_array_equal(host.batch.tokens, np.where(bad[:, None], 0, whole.tokens))
+        np.testing.assert_array_equal(host.batch.image, np.where(bad[:, None, None, None], 0, whole.image))
 
 
 def test_training_crops_as_the_models_preprocessing_says():
@@ -217,10 +229,9 @@ def test_training_crops_as_the_models_preprocessing_says():
         epoch, index = pairs.order[i]
         random = randomness(pairs.order.seed, epoch, index)
         random.integers(3)  # the caption
-        image = Image.open(io.BytesIO(source[index].image))
-        expected = random_crop(image, 8, way, scale=pairs.crop_scale, random=random)
-        np.testing.assert_array_equal(pairs[i].image, expected)
-        assert (pairs[i].image != pairs_of(source)[i].image).any()
+        expected = training_crop(source[index].image, 8, way, pairs.augmentation, random)
+        np.testing.assert_array_equal(pairs[i].batch.image, expected)
+        assert (pairs[i].batch.image != pairs_of(source)[i].batch.image).any()
 
 
 # --- evaluation ---

@@ -22,7 +22,7 @@ from PIL import Image
 from clip_jax.api import ImagePreprocess
 from clip_jax.architecture import INTERPOLATIONS, RESIZES, Architecture, Preprocess
 from clip_jax.data import transforms
-from clip_jax.data.sources import Record
+from clip_jax.data.sources import Inventory, Record
 from clip_jax.errors import UserError
 from clip_jax.evaluation.encode import encode_images
 from clip_jax.models.clip import normalise_pixels
@@ -100,8 +100,14 @@ class OneImage:
     def __getitem__(self, index: int) -> Record:
         return Record(self.data, ("a picture",), None)
 
+    def shard_of(self, index: int) -> str:
+        return "one"
+
     def fingerprint(self) -> dict[str, Any]:
         return {}
+
+    def inventory(self) -> Inventory:
+        return Inventory(shards=1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -139,11 +139,11 @@ def test_a_workdir_of_another_config_is_refused_by_the_fields_that_differ(on_one
 
 
 def test_a_changed_data_set_is_refused_with_the_difference(on_one_device, data_dir, monkeypatch):
-    from clip_jax.data.sources import TfdsSource
+    from clip_jax.data.sources.tfds import TfdsSource
 
     genuine = TfdsSource.fingerprint
     monkeypatch.setattr(TfdsSource, "fingerprint", lambda self: genuine(self) | {"version": "9.9.9"})
-    with pytest.raises(UserError, match=r"9\.9\.9"):
+    with pytest.raises(UserError, match=r'data/version: "[\d.]+" -> "9\.9\.9"\); .*accept_changes=true'):
         train(small_config(data_dir), on_one_device, devices=jax.devices()[:1])
 
 

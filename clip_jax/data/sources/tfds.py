@@ -1,72 +1,23 @@
-"""Data sets as random access to encoded records: `source[i]` is the bytes of an image, its captions and its label.
-
-A spec names one: `tfds:NAME[:SPLIT]`. Everything downstream sees only `Source`.
-"""
+"""`tfds:` — TFDS data sets prepared as ArrayRecord, read by index, without TensorFlow; and those that ship with us."""
 
 import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any
 
 import filelock
 import numpy as np
 
+from clip_jax.data import captions
 from clip_jax.data.embedded import EMBEDDED, register
+from clip_jax.data.sources.source import Inventory, Keys, Record
 from clip_jax.errors import UserError, nearest
-
-
-class Record(NamedTuple):
-    """One example as it is stored."""
-
-    image: bytes  # an encoded file: PNG, JPEG, …
-    captions: tuple[str, ...]  # empty where the data set has none
-    label: int | None
-    id: str = ""  # what the data set itself calls it, where it does
-
-
-@runtime_checkable
-class Source(Protocol):
-    """Random access to records, picklable, so that worker processes can open their own."""
-
-    name: str  # without the kind: "captioned_digits"
-    split: str
-    classnames: tuple[str, ...]  # by label; empty where records have none
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Record: ...
-
-    def fingerprint(self) -> dict[str, Any]:
-        """Returns what must be equal for a run to go on with the same data: plain JSON values."""
-        ...
-
-
-def open_source(
-    spec: str | None,
-    *,
-    data_dir: str | None = None,
-    default_split: str = "train",
-    needs: Collection[str] = ("image", "captions"),
-) -> Source:
-    """Returns the data set that a spec names; an embedded one is made on first use. `needs` is what its records must
-    have, of "image", "captions" and "label".
-
-    Raises:
-        UserError: the spec is malformed, or no such data set, split or feature exists; the message lists those that do.
-    """
-    if spec is None:
-        raise UserError("this recipe comes without data: name yours, --config.data.train=tfds:NAME:SPLIT")
-    kind, _, rest = spec.partition(":")
-    if kind != "tfds" or not rest:
-        raise UserError(f"{spec!r} is not a data set; write tfds:NAME[:SPLIT], such as tfds:captioned_digits:test")
-    name, _, split = rest.partition(":")
-    return TfdsSource(name, split or default_split, data_dir, needs)
 
 
 class TfdsSource:
     """A TFDS data set prepared as ArrayRecord, read without TensorFlow; images stay encoded."""
 
-    def __init__(self, name: str, split: str, data_dir: str | None, needs: Collection[str]):
+    def __init__(self, name: str, split: str, data_dir: str | None, needs: Collection[str], keys: Keys):
         import tensorflow_datasets as tfds
 
         builder = _builder(name, data_dir)
@@ -74,15 +25,21 @@ class TfdsSource:
             raise UserError(f"data set {name!r} has no split {split!r}{nearest(split, builder.info.splits)}")
         self.name, self.split = name, split
         features = builder.info.features
-        if missing := [key for key in needs if key not in features]:
+        self._image = next((key for key in keys.images_or("image") if key in features), "image")
+        paths = [key.split(".") for key in keys.captions_or("captions;captions.text;caption")]
+        self._captions = [path for path in paths if path[0] in features]
+        self._needs_captions = "captions" in needs
+        present = {"image": self._image in features, "captions": self._captions}
+        if missing := [need for need in needs if not present.get(need, need in features)]:
             raise UserError(f"{name!r} has no feature {' and no '.join(missing)}; it has: {', '.join(features)}")
         self.classnames = tuple(features["label"].names) if "label" in features else ()
         self._version = str(builder.info.version)
         self._has_ids = isinstance(dict(features).get("id"), tfds.features.Text)
+        self._size = builder.info.splits[split].num_bytes
         self._shard_lengths = [int(n) for n in builder.info.splits[split].shard_lengths]
         try:
             self._records: Sequence[dict] = builder.as_data_source(
-                split=split, decoders={"image": tfds.decode.SkipDecoding()}
+                split=split, decoders={self._image: tfds.decode.SkipDecoding()}
             )
         except NotImplementedError as error:
             raise UserError(
@@ -94,11 +51,19 @@ class TfdsSource:
         return len(self._records)
 
     def __getitem__(self, index: int) -> Record:
-        record = self._records[index]
-        captions = tuple(bytes(caption).decode() for caption in np.atleast_1d(record.get("captions", ())))
+        try:
+            record = self._records[index]
+        except RuntimeError as error:  # what ArrayRecord raises for anything
+            raise OSError(str(error)) from error
+        texts = [text for name, *path in self._captions for text in captions.within(record[name], path)]
+        found = captions.of(texts) if texts or self._needs_captions else ()
         label = record.get("label")
         id = record["id"].decode() if self._has_ids else ""
-        return Record(record["image"], captions, None if label is None else int(label), id)
+        return Record(record[self._image], found, None if label is None else int(label), id)
+
+    def shard_of(self, index: int) -> str:
+        shard = int(np.searchsorted(np.cumsum(self._shard_lengths), index, "right"))
+        return f"{self.name}:{self.split}, shard {shard} of {len(self._shard_lengths)}"
 
     def fingerprint(self) -> dict[str, Any]:
         return {
@@ -106,6 +71,9 @@ class TfdsSource:
             "version": self._version,
             "shard_lengths": self._shard_lengths,
         }
+
+    def inventory(self) -> Inventory:
+        return Inventory(shards=len(self._shard_lengths), image_bytes=self._size)
 
 
 def _builder(name: str, data_dir: str | None):

@@ -1,0 +1,135 @@
+"""`wds:` — tar shards as img2dataset and webdataset write them, by the byte indexes of their records."""
+
+import functools
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clip_jax.data import captions, shard_index, storage, tar
+from clip_jax.data.problems import BadRecord, Problem
+from clip_jax.data.shard_index import Choice, ShardIndex, Summary
+from clip_jax.data.sources.source import Inventory, Keys, Record
+from clip_jax.data.storage import File
+from clip_jax.errors import UserError
+
+NEAR = 1 << 16  # bytes between two files of a record, that are sooner read than asked for apart
+MAX_MAPPED = 4096  # indexes that a process keeps mapped
+
+
+class TarShards:
+    """Tar shards, local or behind a URL. Indexes are made where they are missing."""
+
+    def __init__(self, pattern: str, keys: Keys):
+        choice = Choice(
+            keys.images_or("jpg;jpeg;png;webp"),
+            keys.captions_or("txt"),
+            keys.min_image_size,
+            keys.max_image_pixels,
+        )
+        shards = storage.look_up(storage.expand(pattern, ".tar"))
+        indexes = shard_index.find_or_make(shards, choice)
+        self.name = storage.name_of(pattern.rpartition("/")[0]) or "shards"
+        self.split, self.classnames = "all", ()
+        self._choice, self._shards = choice, shards
+        self._names = _relative([shard.path for shard in shards])
+        self._paths, self._summaries = [str(path) for path, _ in indexes], [summary for _, summary in indexes]
+        self._ends = np.cumsum([summary.records for summary in self._summaries])
+        if not len(self):
+            raise UserError(f"{pattern!r} has no record to train on: {_why(self.inventory())}")
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """Returns (shard, row)."""
+        shard = int(np.searchsorted(self._ends, index, "right"))
+        return shard, index - (int(self._ends[shard - 1]) if shard else 0)
+
+    def __getitem__(self, index: int) -> Record:
+        place, row = self._place(index)
+        shard, rows = self._shards[place], _mapped(self._paths[place], self._shards[place])
+        spans = zip(rows.blocks, rows.sizes, strict=True)
+        files = [(int(blocks[row]) * tar.BLOCK, int(sizes[row])) for blocks, sizes in spans]
+        present = [file for file in files if file[0]]
+        contents = dict(zip(present, self._contents(shard.path, present, int(rows.check[row])), strict=True))
+        image, *texts = (contents.get(file) for file in files)
+        found = dict(zip(self._choice.caption_files, texts, strict=True))
+        values = []
+        for key in self._choice.caption_keys:
+            kind, *field = key.split(".") if shard_index.is_json(key) else (key,)
+            if found[kind] is not None:
+                values += captions.within(captions.parsed(found[kind]), field) if field else [found[kind]]
+        return Record(image, captions.of(values), None, rows.key(row))
+
+    def _contents(self, path: str, files: list[tuple[int, int]], check: int) -> list[bytes]:
+        """Returns the contents of a record's files, whose headers are looked at: the shard may have changed."""
+        first, last = min(start for start, _ in files) - tar.BLOCK, max(start + size for start, size in files)
+        if last - first <= sum(size for _, size in files) + NEAR:
+            data = storage.read(path, first, last - first)
+            parts = [data[start - tar.BLOCK - first : start + size - first] for start, size in files]
+        else:
+            parts = [storage.read(path, start - tar.BLOCK, size + tar.BLOCK) for start, size in files]
+        whole = all(len(part) == tar.BLOCK + size for part, (_, size) in zip(parts, files, strict=True))
+        if not whole or shard_index.check_of([tar.check_of(part[: tar.BLOCK]) for part in parts]) != check:
+            raise BadRecord(Problem.CHANGED)
+        return [part[tar.BLOCK :] for part in parts]
+
+    def shard_of(self, index: int) -> str:
+        return self._names[self._place(index)[0]]
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Returns records and size of every shard; where they lie does not count, nor when they were copied there."""
+        known = zip(self._names, self._summaries, self._shards, strict=True)
+        return {
+            "source": "wds",
+            "records": len(self),
+            "shards": {name: {"records": summary.records, "size": shard.size} for name, summary, shard in known},
+        }
+
+    def inventory(self) -> Inventory:
+        known = zip(self._names, self._summaries, strict=True)
+        return Inventory.of_all({name: _inventory(summary) for name, summary in known})
+
+    def image_sizes(self) -> np.ndarray:
+        """Returns [n, 2], width and height of every image, by their headers; n is the length of the source."""
+        mapped = (_mapped(path, shard) for path, shard in zip(self._paths, self._shards, strict=True))
+        return np.concatenate([np.stack([rows.width, rows.height], axis=1) for rows in mapped])
+
+
+def _inventory(summary: Summary) -> Inventory:
+    broken = {"": summary.broken} if summary.broken else {}
+    return Inventory(1, summary.image_bytes, summary.left_out, broken, summary.downloads)
+
+
+def _mapped(path: str, shard: File) -> ShardIndex:
+    """Returns the index of a shard, as it was when the source was opened.
+
+    Raises:
+        BadRecord: the shard has changed, and with it its index.
+    """
+    rows = _opened(path, shard)
+    if rows is None:
+        _opened.cache_clear()  # it may be there again
+        raise BadRecord(Problem.CHANGED)
+    return rows
+
+
+@functools.lru_cache(MAX_MAPPED)
+def _opened(path: str, shard: File) -> ShardIndex | None:
+    return ShardIndex(Path(path)) if shard_index.summary_of(Path(path), shard) else None
+
+
+def _relative(paths: list[str]) -> list[str]:
+    """Returns the paths without the folders that they have in common."""
+    folders = zip(*(path.split("/")[:-1] for path in paths), strict=False)
+    common = sum(1 for _ in itertools.takewhile(lambda names: len(set(names)) == 1, folders))
+    return ["/".join(path.split("/")[common:]) for path in paths]
+
+
+def _why(inventory: Inventory) -> str:
+    reasons = [f"{words} ({count:,})" for words, count in inventory.left_out.items()]
+    reasons += [f"{name} {words}" for name, words in inventory.broken.items()]
+    shown = "; ".join(reasons[:5]) + ("; …" if len(reasons) > 5 else "")
+    return shown or "the shards are empty"
