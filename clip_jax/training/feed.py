@@ -58,7 +58,7 @@ class Feed:
         try:
             loaded = next(self._batches)
         except RuntimeError as error:
-            if "process" not in str(error):
+            if "Worker process" not in str(error):
                 raise
             raise UserError(
                 f"a worker process that reads data has died ({' '.join(str(error).split())}); when memory ran out, "

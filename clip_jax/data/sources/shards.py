@@ -30,7 +30,7 @@ class TarShards:
         )
         shards = storage.look_up(storage.expand(pattern, ".tar"))
         indexes = shard_index.find_or_make(shards, choice)
-        self.name = storage.name_of(pattern.rpartition("/")[0]) or "shards"
+        self.name = storage.name_of(shards[0].path.rpartition("/")[0]) or "shards"
         self.split, self.classnames = "all", ()
         self._choice, self._shards = choice, shards
         self._names = _relative([shard.path for shard in shards])
