@@ -59,6 +59,8 @@ def members(read: Read, size: int) -> Iterator[Member]:
         if kind in REGULAR and not name.endswith("/"):
             yield Member(name, start, length, check_of(header))
         at = start + -(-present // BLOCK) * BLOCK
+    if size:
+        raise BrokenTarError("has no end mark, as a file that was cut short between two members")
 
 
 def check_of(header: bytes) -> int:

@@ -148,8 +148,8 @@ class BadLimit:
         recent = merged([lap for _, lap in self._laps])
         if total(recent) > self._limit * window:
             raise UserError(
-                f"more than {self._limit:.0%} (data.bad_limit) of the last {window:,} pairs cannot be read; left out: "
-                f"{in_words(recent)}; mend or remove these, or raise the limit"
+                f"more than {100 * self._limit:.3g}% (data.bad_limit) of the last {window:,} pairs cannot be read; "
+                f"left out: {in_words(recent)}; mend or remove these, or raise the limit"
             )
 
 
