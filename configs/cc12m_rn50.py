@@ -1,8 +1,8 @@
 """RN50 on Conceptual 12M, with what OpenCLIP trains it with on Conceptual Captions (CC3M).
 
-    python train.py --config=configs/cc12m_rn50.py --workdir=runs/cc12m --config.data.train=tfds:NAME:SPLIT
+    python train.py --config=configs/cc12m_rn50.py --workdir=runs/cc12m --config.data.train=wds:FOLDER_OF_TARS
 
-Data: CC12M, of which about 11 million images can still be had, prepared as a TFDS data set; 32 epochs of 11 million
+Data: CC12M, of which about 11 million images can still be had, by img2dataset; 32 epochs of 11 million
 are 343,750 steps of 1,024.
 Plan: python -m clip_jax.planning --config=configs/cc12m_rn50.py --topology=v5e:2x4
 Hardware: 8 TPU v5e chips, v5e:2x4.
@@ -16,7 +16,7 @@ from clip_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimCo
 def get_config() -> Config:
     return Config(
         model=ModelConfig(variant="RN50", compute_dtype="bfloat16"),
-        data=DataConfig(train=None, global_batch=1024, num_threads=2, num_workers=16),
+        data=DataConfig(train=None, global_batch=1024),
         optim=OptimConfig(learning_rate=1e-3, warmup_steps=10_000, weight_decay=0.1, b2=0.999, eps=1e-8),
         mesh=MeshConfig(data=8),
         total_steps=343_750,

@@ -1,9 +1,9 @@
 """DataComp's small scale (arXiv 2304.14108): ViT-B/32, 12.8 million pairs seen.
 
     python train.py --config=configs/datacomp_small.py --workdir=/shared/datacomp_small \\
-        --config.data.train=tfds:NAME:SPLIT
+        --config.data.train=wds:FOLDER_OF_TARS
 
-Data: the pool of the small scale, filtered (the competition is about how), prepared as a TFDS data set.
+Data: the pool of the small scale, filtered (the competition is about how), as its downloader writes it.
 Plan: python -m clip_jax.planning --config=configs/datacomp_small.py --topology=v5e:2x4
 Hardware: 8 TPU v5e chips, v5e:2x4.
 Time: see the table in docs/scaling.md.
@@ -17,7 +17,7 @@ def get_config() -> Config:
     return Config(
         # OpenCLIP's name: GELU. OpenAI's ViT-B/32 is the same with QuickGELU.
         model=ModelConfig(variant="ViT-B-32", compute_dtype="bfloat16", remat="attention"),
-        data=DataConfig(train=None, global_batch=4096, num_threads=2, num_workers=16),
+        data=DataConfig(train=None, global_batch=4096),
         optim=OptimConfig(learning_rate=5e-4, warmup_steps=500, weight_decay=0.2),
         mesh=MeshConfig(data=8),
         total_steps=3_125,

@@ -1,7 +1,7 @@
 """ViT-bigG/14 at batch 163,840, as LAION trained it on 34 billion pairs of LAION-2B.
 
     python train.py --config=configs/laion_vit_bigg14.py --workdir=/shared/laion_vit_bigg14 \\
-        --config.data.train=tfds:NAME:SPLIT
+        --config.data.train=wds:FOLDER_OF_TARS
 
 Data: LAION-2B's English pairs, or your own; 34 billion pairs are 207,520 steps of 163,840.
 Plan: python -m clip_jax.planning --config=configs/laion_vit_bigg14.py --topology=v5p:8x8x8
@@ -17,7 +17,7 @@ from clip_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimCo
 def get_config() -> Config:
     return Config(
         model=ModelConfig(variant="ViT-bigG-14", compute_dtype="bfloat16", remat="attention", patch_dropout=0.5),
-        data=DataConfig(train=None, global_batch=163_840, num_threads=2, num_workers=16),
+        data=DataConfig(train=None, global_batch=163_840),
         optim=OptimConfig(learning_rate=2e-3, warmup_steps=13_000, weight_decay=0.2, b2=0.95),
         mesh=MeshConfig(data=16, fsdp=32),
         total_steps=207_520,

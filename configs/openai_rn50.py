@@ -1,7 +1,7 @@
 """RN50, as in OpenAI's paper (arXiv 2103.00020, section 2.5 and tables 18 and 19).
 
     python train.py --config=configs/openai_rn50.py --workdir=/shared/openai_rn50 \\
-        --config.data.train=tfds:NAME:SPLIT
+        --config.data.train=wds:FOLDER_OF_TARS
 
 Data: OpenAI's 400 million pairs are not public; name your own, at best as many. 32 epochs of 400 million are
 390,625 steps of 32,768.
@@ -17,7 +17,7 @@ from clip_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimCo
 def get_config() -> Config:
     return Config(
         model=ModelConfig(variant="RN50", compute_dtype="bfloat16"),
-        data=DataConfig(train=None, global_batch=32_768, num_threads=2, num_workers=16),
+        data=DataConfig(train=None, global_batch=32_768),
         optim=OptimConfig(learning_rate=5e-4, warmup_steps=2000, weight_decay=0.2, b2=0.999, eps=1e-8),
         mesh=MeshConfig(data=256),
         total_steps=390_625,

@@ -1,7 +1,7 @@
 """ViT-L/14, as in OpenAI's paper (arXiv 2103.00020, section 2.5 and tables 18 and 20).
 
     python train.py --config=configs/openai_vit_l14.py --workdir=/shared/openai_vit_l14 \\
-        --config.data.train=tfds:NAME:SPLIT
+        --config.data.train=wds:FOLDER_OF_TARS
 
 Data: OpenAI's 400 million pairs are not public; name your own, at best as many. 32 epochs of 400 million are
 390,625 steps of 32,768.
@@ -17,7 +17,7 @@ from clip_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimCo
 def get_config() -> Config:
     return Config(
         model=ModelConfig(variant="ViT-L/14", compute_dtype="bfloat16", remat="attention"),
-        data=DataConfig(train=None, global_batch=32_768, num_threads=2, num_workers=16),
+        data=DataConfig(train=None, global_batch=32_768),
         optim=OptimConfig(learning_rate=4e-4, warmup_steps=2000, weight_decay=0.2),
         mesh=MeshConfig(data=16, fsdp=16),
         total_steps=390_625,

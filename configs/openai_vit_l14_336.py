@@ -1,7 +1,7 @@
 """ViT-L/14@336px, one more epoch of ViT-L/14 with larger images, as in OpenAI's paper (arXiv 2103.00020, section 2.5).
 
     python train.py --config=configs/openai_vit_l14_336.py --workdir=/shared/openai_vit_l14_336 \\
-        --config.data.train=tfds:NAME:SPLIT
+        --config.data.train=wds:FOLDER_OF_TARS
 
 Data: OpenAI's 400 million pairs are not public; name your own, at best as many. One epoch of 400 million is
 12,207 steps of 32,768.
@@ -19,7 +19,7 @@ from clip_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimCo
 def get_config() -> Config:
     return Config(
         model=ModelConfig(variant="ViT-L/14@336px", compute_dtype="bfloat16", remat="attention"),
-        data=DataConfig(train=None, global_batch=32_768, num_threads=2, num_workers=16),
+        data=DataConfig(train=None, global_batch=32_768),
         optim=OptimConfig(learning_rate=2e-5, warmup_steps=2000, weight_decay=0.2),
         mesh=MeshConfig(data=16, fsdp=16),
         total_steps=12_207,

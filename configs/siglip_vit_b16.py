@@ -1,7 +1,7 @@
 """SigLIP, ViT-B/16 (arXiv 2303.15343): the sigmoid loss, a pool by attention, 64 SentencePiece tokens.
 
     python train.py --config=configs/siglip_vit_b16.py --workdir=/shared/siglip_vit_b16 \\
-        --config.data.train=tfds:NAME:SPLIT --config.model.tokenizer=PATH/tokenizer.json
+        --config.data.train=wds:FOLDER_OF_TARS --config.model.tokenizer=PATH/tokenizer.json
 
 Data: WebLI is not public; name your own. The tokenizer.json comes out of a conversion of any SigLIP
 (`convert_weights.py --format=clip_jax`).
@@ -17,7 +17,7 @@ from clip_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimCo
 def get_config() -> Config:
     return Config(
         model=ModelConfig(variant="ViT-B-16-SigLIP", compute_dtype="bfloat16", remat="attention"),
-        data=DataConfig(train=None, global_batch=32_768, num_threads=2, num_workers=16),
+        data=DataConfig(train=None, global_batch=32_768),
         optim=OptimConfig(learning_rate=1e-3, warmup_steps=20_000, weight_decay=1e-4, b2=0.95, clip_norm=1.0),
         mesh=MeshConfig(data=8, fsdp=8),
         total_steps=1_220_703,

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import rich.console
+import rich.filesize
 import rich.progress
 import rich.table
 from matplotlib.figure import Figure
@@ -62,7 +63,8 @@ def look(source: Source, pairs: TrainingPairs, samples: int) -> Sample:
     """Returns what is in `samples` records, evenly spread, or in all when there are no more."""
     indices = np.unique(np.linspace(0, len(source) - 1, min(samples, len(source))).astype(np.int64))
     sizes, counts, texts, problems, total = [], [], [], collections.Counter(), 0
-    for index in rich.progress.track(indices, "reading", console=rich.console.Console(stderr=True), transient=True):
+    console = rich.console.Console(stderr=True)
+    for index in rich.progress.track(indices, "reading", console=console, disable=not console.is_terminal):
         try:
             record = read(source, int(index))
             sizes.append(header_size(record.image))
@@ -104,7 +106,7 @@ def _inventory(config: Config, source: Source, seconds: float) -> list[tuple[str
         ("expected first loss", f"{math.log(batch):.3f} (ln {batch:,})"),
     ]
     if inventory.image_bytes is not None:
-        rows.insert(1, ("bytes", f"{inventory.image_bytes / 1e9:,.2f} GB"))
+        rows.insert(1, ("bytes", rich.filesize.decimal(inventory.image_bytes)))
     if downloads := inventory.downloads:
         failed = downloads.get("failed_to_download", 0), downloads.get("failed_to_resize", 0)
         rows.append(

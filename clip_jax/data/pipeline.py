@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import grain
 import numpy as np
+from absl import flags
 
 from clip_jax.architecture import Architecture, Preprocess
 from clip_jax.config import Config
@@ -166,6 +167,8 @@ def training_batches(pairs: TrainingPairs, *, num_threads: int, num_workers: int
     read_ahead = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * num_threads)
     loaded = chunks.to_iter_dataset(read_ahead)
     if num_workers:
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()  # Grain's processes ask for it, also where there is no command line
         loaded = loaded.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
     return grain.experimental.RebatchIterDataset(loaded, len(pairs.rows))
 

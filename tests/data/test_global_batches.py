@@ -6,7 +6,6 @@ import dataclasses
 import numpy as np
 import pytest
 import shards
-from absl import flags
 
 from clip_jax import tokenizer
 from clip_jax.architecture import Preprocess
@@ -21,8 +20,6 @@ Rows = tuple[np.ndarray, ...]  # index, tokens and image of all rows of all batc
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory) -> TrainingPairs:
     """A hundred global batches of 210 records in three shards: almost four epochs."""
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # Grain asks for it; the scripts parse theirs
     source = open_source(f"wds:{shards.write_several(tmp_path_factory.mktemp('shards'), shards=3, records=70)}")
     return TrainingPairs(
         source=source,

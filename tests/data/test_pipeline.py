@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from absl import flags
 from PIL import Image
 from tiny_tokenizers import BOS, EOS, PAD, few_words
 
@@ -167,16 +166,12 @@ def test_a_resumed_run_reads_what_the_uninterrupted_one_would(first, expected):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_worker_processes_read_the_same_also_after_a_resume(workers, data_dir):
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # Grain asks for it; the scripts parse theirs
     source = open_source("tfds:captioned_digits", data_dir=str(data_dir))
     pairs = pairs_of(source, rows=[4, 5, 6, 7], first=2, steps=5)
     assert_equal(read(pairs, workers=workers), read(pairs))
 
 
 def test_worker_processes_tokenize_by_a_file(data_dir):
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()
     source = open_source("tfds:captioned_digits", data_dir=str(data_dir))
     by_file = tokenizer.make(Tokenize("file", clean="lower", pad_id=PAD), few_words())
     pairs = dataclasses.replace(pairs_of(source, steps=2), tokenize=by_file)

@@ -20,7 +20,6 @@ import jax
 import numpy as np
 import pytest
 import shards
-from absl import flags
 from PIL import Image
 
 from clip_jax.config import Config, DataConfig, ModelConfig, OptimConfig
@@ -381,8 +380,6 @@ def test_storage_that_does_not_answer_at_once_is_asked_again(tmp_path, monkeypat
 
 
 def test_a_worker_that_is_killed_ends_the_run_with_words(tmp_path):
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # Grain asks for it; the scripts parse theirs
     folder = shards.write_several(tmp_path / "data", shards=2, records=50)
     config = config_of(f"wds:{folder}", num_workers=1)
     config = dataclasses.replace(config, total_steps=1_000_000)
