@@ -3,6 +3,7 @@ be read, and whether the step had to wait."""
 
 import collections
 import dataclasses
+import gc
 import math
 from collections.abc import Callable
 from typing import Any
@@ -106,6 +107,8 @@ class Feed:
 
     def __exit__(self, *error) -> None:
         self._batches.close()
+        del self._batches
+        gc.collect()  # Grain's iterators hold each other, and memory that is shared with workers
 
 
 def merged(several: list[Bad]) -> Bad:

@@ -7,8 +7,14 @@ import time
 from pathlib import Path
 
 import pytest
+import shards
 from processes import PATIENCE, finish, free_port, start
 
+from clip_jax.config import Config, DataConfig
+from clip_jax.data.pipeline import training_pairs
+from clip_jax.data.sources import open_training_source
+from clip_jax.models.variants import architecture
+from clip_jax.training.feed import merged
 from clip_jax.training.metrics import read_metrics
 
 STEPS, EVERY = 60, 20
@@ -125,3 +131,27 @@ def test_a_mistake_of_one_process_alone_ends_the_other_within_a_minute(data_dir,
     assert time.monotonic() - asked < 60
     assert code in (1, 2), said
     assert "another process of the run died or could not be reached" in said
+
+
+@pytest.mark.full
+def test_what_each_process_cannot_read_is_counted_together_and_too_much_of_it_stops_both(tmp_path):
+    images = {n: shards.picture(n, width=300, height=300) for n in range(50, 60)}
+    bad = [(f"{n:08}", shards.files(n, jpg=image[: len(image) // 2])) for n, image in images.items()]
+    folder = shards.write_several(tmp_path / "data", shards=1, records=50)
+    shards.write(folder / "00001.tar", bad)
+    fields = [f"--config.data.train=wds:{folder}", "--config.total_steps=6", "--config.log_every=2"]
+    ends = finish(run(tmp_path / "run", tmp_path, fields, fields))
+    assert [code for code, *_ in ends] == [0, 0], ends
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    counted = merged([line.get("bad_records", {}) for line in lines])
+    config = Config(data=DataConfig(train=f"wds:{folder}", global_batch=16))
+    pairs = training_pairs(config, architecture(config.model), None, open_training_source(config.data), rows=range(16))
+    expected = sum(not pairs[i].batch.valid for i in range(6 * 16))
+    assert counted == {"00001.tar": {"damaged image": expected}}
+    assert expected > 8
+    assert f"left out {expected} pairs" in ends[0][2]
+    ends = finish(run(tmp_path / "other", tmp_path, *[[*fields, "--config.data.bad_limit=0.0005"]] * 2))
+    for code, _, said in ends:
+        assert code == 2, said
+        assert "of the last 10,000 pairs cannot be read; left out:" in said
+        assert "in 00001.tar (" in said
