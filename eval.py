@@ -9,7 +9,7 @@ from clip_jax import command
 
 MODEL = flags.DEFINE_string("model", None, "a released model's name, a file, a folder or a run's folder")
 TASK = flags.DEFINE_string("task", None, "zeroshot_classification or zeroshot_retrieval")
-DATASET = flags.DEFINE_string("dataset", None, "tfds:NAME[:SPLIT]; the split is test unless given")
+DATASET = flags.DEFINE_string("dataset", None, "tfds:NAME[:SPLIT] (test unless given), folder:DIR, csv:FILE, wds:TARS")
 OUTPUT = flags.DEFINE_string("output", None, "the JSON file; default: WORKDIR/eval/STEP/DATASET_SPLIT_TASK.json")
 DATA_DIR = flags.DEFINE_string("data_dir", None, "where TFDS keeps its data sets; default: TFDS's own choice")
 

@@ -19,6 +19,7 @@ import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import joblib
 import numpy as np
 import pyarrow as pa
 import rich.console
@@ -31,7 +32,8 @@ from clip_jax.data.transforms import check_size, header_size
 from clip_jax.errors import UserError
 
 VERSION = 1
-HEAD = 4096  # bytes of an image, that its size stands in; metadata before it may need more
+HEAD = 4096  # bytes of an image, in which its size usually stands
+LONGEST_HEADER = 1 << 24  # bytes in which it must stand, behind whatever metadata
 QUIET_SECONDS = 10  # between two lines where there is no terminal to draw a bar on
 FEW_BYTES = 1 << 27  # of shards, that are sooner read than processes are started
 
@@ -111,7 +113,7 @@ def find_or_make(shards: Sequence[File], choice: Choice) -> list[tuple[Path, Sum
     missing = [i for i, index in enumerate(found) if index is None]
     random.Random(os.getpid()).shuffle(missing)
     few = sum(shards[i].size for i in missing) < FEW_BYTES
-    workers = 0 if few else min(len(missing), len(os.sched_getaffinity(0)))
+    workers = 0 if few else min(len(missing), joblib.cpu_count())
     with _Progress(len(missing)) as progress:
         for i, index in zip(missing, _made([shards[i] for i in missing], choice, workers), strict=True):
             found[i] = index
@@ -212,10 +214,12 @@ def _split(name: str) -> tuple[str, str]:
 def _looked_at(member: tar.Member, kind: str, choice: Choice, read: tar.Read) -> _Found:
     """Returns a file of a record with what is wrong with it."""
     try:
+        if kind in choice.image_keys and member.size >= 1 << 32:
+            raise BadRecord(Problem.TOO_LARGE)
         if kind in choice.image_keys:
             return _Found(member, pixels=_pixels(member, choice, read))
         if kind == "json":
-            content = captions.parsed(read(member.start, member.size))
+            content = captions.parsed(read(member.start, min(member.size, LONGEST_HEADER)))
             if content.get("status", "success") != "success":
                 raise BadRecord(Problem.STATUS)
             fields = [key.split(".")[1:] for key in choice.caption_keys if is_json(key)]
@@ -232,7 +236,7 @@ def _pixels(member: tar.Member, choice: Choice, read: tar.Read) -> tuple[int, in
     try:
         width, height = header_size(read(member.start, min(member.size, HEAD)))
     except BadRecord:
-        width, height = header_size(read(member.start, member.size))
+        width, height = header_size(read(member.start, min(member.size, LONGEST_HEADER)))
     check_size(width, height, choice.min_image_size, choice.max_image_pixels)
     return width, height
 

@@ -1,10 +1,10 @@
 """A run from its config to its last checkpoint; started again in the same folder, it goes on where it was."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 import jax
+import joblib
 
 from clip_jax import distributed, sharding
 from clip_jax.config import Config, leaves
@@ -119,5 +119,5 @@ def _feed(program: Program, tokenizer: str | None, source: Source, start: int) -
     rows = sharding.host_rows(data.global_batch, mesh)
     pairs = training_pairs(program.config, program.architecture, tokenizer, source, rows=rows, start=start)
     # A CPU that trains has no core to spare.
-    spare = 0 if mesh.devices.flat[0].platform == "cpu" else len(os.sched_getaffinity(0))
+    spare = 0 if mesh.devices.flat[0].platform == "cpu" else joblib.cpu_count()
     return Feed(pairs, mesh, data, cores=spare)
