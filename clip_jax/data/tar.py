@@ -12,9 +12,10 @@ from clip_jax.errors import UserError
 
 BLOCK = 512
 REGULAR = (b"0", b"\0", b"7")
-LONG_NAME, PAX = b"L", b"x"
-OF_OTHERS = (b"K", b"X", b"g")  # headers that say nothing of the next member's name and size
-WITH_DATA = (*REGULAR, LONG_NAME, PAX, *OF_OTHERS)  # of other types only the header is there: links, folders
+LONG_NAME = b"L"
+EXTENSIONS = (LONG_NAME, b"x", b"X")  # headers with the next member's name or size: GNU's, pax, Solaris's pax
+OF_OTHERS = (b"K", b"g")  # headers that say nothing of them
+HEADER_ALONE = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, folders; what nobody knows has content
 MAX_EXTENSION = 1 << 20  # bytes that a name or a pax header may have
 
 Read = Callable[[int, int], bytes]  # (start, size) → at most so many bytes
@@ -48,12 +49,14 @@ def members(read: Read, size: int) -> Iterator[Member]:
             return
         name, length, kind = _parsed(header, at)
         start = at + BLOCK
-        if kind in (PAX, LONG_NAME):
-            extended |= _extension(kind, read(start, min(length, MAX_EXTENSION)), length, at)
+        if kind in EXTENSIONS:
+            if length > MAX_EXTENSION:
+                raise BrokenTarError(f"a header of {length:,} bytes at byte {at:,}")
+            extended |= _extension(kind, read(start, length), length, at)
         elif kind not in OF_OTHERS:
             name, length = extended.get("path", name), int(extended.get("size", length))
             extended = {}
-        present = length if kind in WITH_DATA else 0
+        present = 0 if kind in HEADER_ALONE else length
         if start + present > size:
             raise BrokenTarError(f"cut short in {name!r}: {start + present - size:,} bytes are missing")
         if kind in REGULAR and not name.endswith("/"):
@@ -70,14 +73,14 @@ def check_of(header: bytes) -> int:
 
 def _parsed(header: bytes, at: int) -> tuple[str, int, bytes]:
     """Returns (name, size, type) of a header."""
-    if header[:2] == b"\x1f\x8b":
-        raise BrokenTarError("compressed with gzip, which cannot be read by index; unpack it")
     try:
         checksum = int(header[148:156].rstrip(b" \0") or b"0", 8)
         size = _number(header[124:136])
     except ValueError:
         checksum = size = -1
     if size < 0 or checksum != sum(header) - sum(header[148:156]) + 8 * ord(" "):
+        if header[:2] == b"\x1f\x8b":
+            raise BrokenTarError("compressed with gzip, which cannot be read by index; unpack it")
         raise BrokenTarError(f"no tar header at byte {at:,}")
     name = header[:100].partition(b"\0")[0]
     if header[257:263] == b"ustar\0" and (prefix := header[345:500].partition(b"\0")[0]):
@@ -98,17 +101,19 @@ def _extension(kind: bytes, data: bytes, length: int, at: int) -> dict[str, str]
         raise BrokenTarError(f"cut short at byte {at:,}")
     if kind == LONG_NAME:
         return {"path": _text(data.partition(b"\0")[0])}
-    found = {}
+    found, at_word, data = {}, 0, data.rstrip(b"\0")
     try:
-        while data.strip(b"\0"):
-            digits, _, _ = data.partition(b" ")
-            end = int(digits)
-            if not len(digits) < end <= len(data):
+        while at_word < len(data):
+            space = data.index(b" ", at_word)
+            end = at_word + int(data[at_word:space])
+            if not space < end <= len(data):
                 raise ValueError
-            key, _, value = data[len(digits) + 1 : end - 1].partition(b"=")
+            key, _, value = data[space + 1 : end - 1].partition(b"=")
+            if key == b"size" and not value.isdigit():
+                raise ValueError
             if key in (b"path", b"size"):
                 found[_text(key)] = str(int(value)) if key == b"size" else _text(value)
-            data = data[end:]
+            at_word = end
     except ValueError as error:
         raise BrokenTarError(f"no pax header at byte {at:,}") from error
     return found
