@@ -6,6 +6,7 @@ import collections
 import contextlib
 import functools
 import glob
+import io
 import os
 import re
 import threading
@@ -13,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from clip_jax.errors import UserError
 
@@ -88,7 +89,7 @@ def _braces(pattern: str) -> Iterator[str]:
 def _elsewhere(url: str, suffix: str) -> list[str]:
     system, path = system_of(url)
     try:
-        with _as_os_errors():
+        with as_os_errors():
             if not re.search(r"[*?\[]", path):
                 if url.endswith(suffix) or not system.isdir(path):
                     return [url]
@@ -114,20 +115,21 @@ def system_of(url: str) -> tuple[Any, str]:
     scheme = url.partition("://")[0]
     try:
         system = _system(scheme)
-    except (ValueError, ImportError) as error:
-        raise UserError(f"{url} cannot be read: {error}") from error
+    except Exception as error:  # every package has its own
+        raise UserError(f"{url} cannot be read: {' '.join(str(error).split())}") from error
     return system, system._strip_protocol(url)
 
 
 @contextlib.contextmanager
-def _as_os_errors() -> Iterator[None]:
+def as_os_errors() -> Iterator[None]:
     """Makes an OSError of whatever a server's client raises."""
     try:
         yield
     except (OSError, UserError, AssertionError):
         raise
     except Exception as error:  # every client has its own
-        raise OSError(" ".join(str(error).split()) or type(error).__name__) from error
+        kind = PermissionError if getattr(error, "status", None) in (401, 403) else OSError
+        raise kind(" ".join(str(error).split()) or type(error).__name__) from error
 
 
 def explained(path: str, error: OSError) -> UserError:
@@ -165,8 +167,14 @@ def _stat(path: str) -> File:
         status = os.stat(path)  # noqa: PTH116 (quicker, for a hundred thousand of them)
         return File(path, status.st_size, str(status.st_mtime_ns))
     system, inside = system_of(path)
-    with _as_os_errors():
-        about = system.info(inside)
+    with as_os_errors():
+        try:
+            about = system.info(inside)
+        except FileNotFoundError as error:
+            # Of whatever goes wrong with a web server, fsspec says that the file is not there.
+            if path.startswith("http") and getattr(error.__cause__, "status", None) not in (404, 410):
+                raise error.__cause__ or error from None
+            raise
     if about.get("size") is None:
         raise UserError(f"the server of {path} does not say how large it is, so that it cannot be read by index")
     return File(path, about["size"], next((str(about[key]) for key in STAMPS if about.get(key)), ""))
@@ -197,7 +205,7 @@ def read(path: str, start: int | None = None, size: int | None = None) -> bytes:
     if not is_url(path):
         return Path(path).read_bytes() if start is None else _OPEN.read(path, start, size)
     system, inside = system_of(path)
-    with _as_os_errors():
+    with as_os_errors():
         data = system.cat_file(inside, start=start, end=None if size is None else (start or 0) + size)
     if size is not None and len(data) > size:
         raise OSError(f"the server of {path} sends more than the part it is asked for")
@@ -222,7 +230,7 @@ def offer(url: str, data: bytes) -> bool:
     return True
 
 
-def opened(file: File) -> BinaryIO:
+def opened(file: File) -> io.IOBase:
     """Returns a file opened for reading from its beginning to its end."""
     if not is_url(file.path):
         return Path(file.path).open("rb")
@@ -233,12 +241,15 @@ def opened(file: File) -> BinaryIO:
 @contextlib.contextmanager
 def reader(file: File) -> Iterator[Callable[[int, int], bytes]]:
     """Yields a function (start, size) → bytes for reading a file from its beginning to its end, skipping parts."""
-    with _as_os_errors(), opened(file) as stream:
+    with as_os_errors():
+        stream = opened(file)
+    with stream:
         if is_url(file.path):
 
             def part(start: int, size: int) -> bytes:
-                stream.seek(start)
-                return stream.read(size)
+                with as_os_errors():
+                    stream.seek(start)
+                    return stream.read(size)
 
             yield part
         else:
