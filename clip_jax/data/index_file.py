@@ -5,7 +5,8 @@ the other's size and time. They lie beside it, or in a cache folder where that c
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+import zlib
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,17 @@ from clip_jax.files import whole
 
 CACHE = "CLIP_JAX_INDEX_CACHE"  # the environment variable that names another folder
 FOLDER = "~/.cache/clip_jax/index"
-KEY = b"clip_jax"  # of our words in the file's metadata
+KEY, CHECK = b"clip_jax", b"clip_jax.crc32"  # of our words in the file's metadata, and of a number for them
+NAME = 60  # characters that a name in the cache folder has of the other's; a digest comes before them
 
 
 def places(of: File, tag: str) -> list[Path]:
     """Returns where the file that stands for another may lie, the better place first; `tag` says what is in it."""
     name = f"{storage.name_of(of.path)}.{tag}.index"
     if storage.is_url(of.path):
-        return [_folder() / f"{_digest(of.path)[:16]}-{name}"]
+        return [_folder() / f"{_digest(of.path)[:16]}-{name[-NAME:]}"]
     path = Path(of.path).absolute()
-    return [path.with_name(name), _folder() / f"{_digest(str(path))[:16]}-{name}"]
+    return [path.with_name(name), _folder() / f"{_digest(str(path))[:16]}-{name[-NAME:]}"]
 
 
 def _folder() -> Path:
@@ -49,42 +51,61 @@ def tag_of(*facts: Any) -> str:
 def find(of: File, tag: str) -> tuple[Path, Any] | None:
     """Returns the file that stands for another in its present state, and what was noted in it."""
     for path in places(of, tag):
-        if not path.exists() and storage.is_url(of.path):
+        if storage.is_url(of.path) and not path.exists():
             _fetch(of, tag, path)
-        if path.exists() and (noted := noted_in(path, of)) is not None:
+        if (noted := noted_in(path, of)) is not None:
             return path, noted
     return None
 
 
 def _fetch(of: File, tag: str, path: Path) -> None:
     """Puts what lies beside a URL, if anything, into the cache folder."""
-    if data := storage.read_if_there(f"{of.path}.{tag}.index"):
-        with whole(path) as temporary:
-            temporary.write_bytes(data)
+    try:
+        data = storage.read_if_there(f"{of.path}.{tag}.index")
+    except OSError:  # some servers say so of what is not there; the index can be made
+        return
+    if data:
+        try:
+            with whole(path) as temporary:
+                temporary.write_bytes(data)
+        except UserError as error:
+            raise _refused(error) from error
 
 
 def noted_in(path: Path, of: File) -> Any | None:
     """Returns what was noted in a file; None: it is damaged, or stands for another file or an older state of it."""
     try:
         with pa.memory_map(str(path)) as file:
-            known = json.loads(pa.ipc.open_file(file).schema.metadata[KEY])
+            schema = pa.ipc.open_file(file).schema
+        known = json.loads(schema.metadata[KEY])
+        if schema.metadata[CHECK] != _check(schema):
+            return None
         return known["noted"] if known["of"] == [of.size, of.stamp] else None
     except (OSError, pa.ArrowException, KeyError, TypeError, ValueError):
         return None
 
 
-def write(of: File, tag: str, schema: pa.Schema, tables: Iterable[pa.Table], noted: Any) -> Path:
-    """Returns the file, written whole in the first place that can be written.
+def _check(schema: pa.Schema) -> bytes:
+    """Returns a number for what a schema says, and our words in it."""
+    columns = ", ".join(map(str, schema))
+    return b"%08x" % zlib.crc32(columns.encode() + schema.metadata[KEY])
+
+
+def write(of: File, tag: str, schema: pa.Schema, tables: Callable[[], Iterable[pa.Table]], noted: Any) -> Path:
+    """Returns the file, written whole in the first place that can be written; for each the tables are made anew.
+
+    What is noted is not None; what goes wrong with the tables is no UserError, for that is what a place gives.
 
     Raises:
         UserError: there is none.
     """
     schema = schema.with_metadata({KEY: json.dumps({"of": [of.size, of.stamp], "noted": noted})})
+    schema = schema.with_metadata(schema.metadata | {CHECK: _check(schema)})
     refused = None
     for path in places(of, tag):
         try:
             with whole(path) as temporary, pa.ipc.new_file(str(temporary), schema) as file:
-                for table in tables:
+                for table in tables():
                     file.write_table(table.replace_schema_metadata(schema.metadata))
         except UserError as error:
             refused = error
@@ -92,10 +113,28 @@ def write(of: File, tag: str, schema: pa.Schema, tables: Iterable[pa.Table], not
             if storage.is_url(of.path):  # for the other hosts, where we may write there
                 storage.offer(f"{of.path}.{tag}.index", path.read_bytes())
             return path
-    raise UserError(f"{refused}; or name a folder in {CACHE}") from refused
+    raise _refused(refused) from refused
+
+
+def _refused(error: UserError) -> UserError:
+    return UserError(f"{error}; or name a folder in {CACHE}")
 
 
 def mapped(path: Path) -> pa.Table:
-    """Returns the table in a file, mapped: what is read of it is shared by all processes."""
-    with pa.memory_map(str(path)) as file:
-        return pa.ipc.open_file(file).read_all()
+    """Returns the table in a file, mapped: what is read of it is shared by all processes.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        with pa.memory_map(str(path)) as file:
+            table = pa.ipc.open_file(file).read_all()
+        table.validate(full=True)  # else a damaged one ends the process, without a word
+    except (OSError, pa.ArrowException, ValueError) as error:
+        raise damaged(path) from error
+    return table
+
+
+def damaged(path: Path) -> UserError:
+    """Returns what is to be said of such a file that is damaged."""
+    return UserError(f"{path} is damaged; delete it, so that it is made anew")

@@ -72,10 +72,16 @@ class Summary:
 
 
 class ShardIndex:
-    """The index of one shard, mapped."""
+    """The index of one shard, mapped.
 
-    def __init__(self, path: Path):
+    Raises:
+        UserError: it is damaged.
+    """
+
+    def __init__(self, path: Path, records: int):
         table = index_file.mapped(path)
+        if len(table) != records:
+            raise index_file.damaged(path)
         self.blocks = [_column(table, name) for name in table.column_names if name.endswith("_block")]
         self.sizes = [_column(table, name) for name in table.column_names if name.endswith("_size")]
         self.check = _column(table, "check")
@@ -146,7 +152,7 @@ def make(shard: File, choice: Choice) -> tuple[Path, Summary]:
     if found := find(shard, choice):  # another process was quicker
         return found
     table, summary = scan(shard, choice)
-    return index_file.write(shard, choice.tag(), table.schema, [table], dataclasses.asdict(summary)), summary
+    return index_file.write(shard, choice.tag(), table.schema, lambda: [table], dataclasses.asdict(summary)), summary
 
 
 def scan(shard: File, choice: Choice) -> tuple[pa.Table, Summary]:
@@ -223,8 +229,9 @@ def _looked_at(member: tar.Member, kind: str, choice: Choice, read: tar.Read) ->
             if content.get("status", "success") != "success":
                 raise BadRecord(Problem.STATUS)
             fields = [key.split(".")[1:] for key in choice.caption_keys if is_json(key)]
-            texts = [text for field in fields for text in captions.within(content, field)]
-            return _Found(member) if texts or not fields else _Found(member, Problem.NO_CAPTION)
+            if fields:
+                captions.of(text for field in fields for text in captions.within(content, field))
+            return _Found(member)
         captions.of([read(member.start, min(member.size, captions.LONGEST + 1))])
     except BadRecord as error:
         return _Found(member, error.problem)

@@ -3,8 +3,10 @@
 import contextlib
 import functools
 import hashlib
+import io
 import json
 import os
+import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import csv as pa_csv
 from pyarrow import parquet as pq
+from pyarrow import types
 
 from clip_jax.data import captions, index_file, storage
 from clip_jax.data.problems import BadRecord, Problem
@@ -34,10 +37,10 @@ class ImageFolder:
         self.classnames = tuple(sorted(entry.name for entry in os.scandir(root) if entry.is_dir()))
         self._root, self._caption_suffixes = root, [f".{key}" for key in keys.captions_or("txt")]
         self._files = [
-            (label, file.relative_to(root).as_posix(), file.stat().st_size)
+            (label, file.relative_to(root).as_posix(), size)
             for label, name in enumerate(self.classnames)
             for file in sorted((root / name).rglob("*"))
-            if file.suffix.lower() in suffixes
+            if file.suffix.lower() in suffixes and (size := _size(file)) is not None
         ]
         if not self._files:
             raise UserError(
@@ -54,7 +57,10 @@ class ImageFolder:
         path = self._root / file
         beside = (storage.read_if_there(str(path.with_suffix(suffix))) for suffix in self._caption_suffixes)
         texts = [text for text in beside if text is not None] or [self.classnames[label].replace("_", " ")]
-        return Record(storage.read(str(path)), captions.of(texts), label, file)
+        try:
+            return Record(storage.read(str(path)), captions.of(texts), label, file)
+        except FileNotFoundError as error:
+            raise BadRecord(Problem.NO_IMAGE) from error
 
     def shard_of(self, index: int) -> str:
         return self.classnames[self._files[index][0]]
@@ -65,6 +71,15 @@ class ImageFolder:
 
     def inventory(self) -> Inventory:
         return Inventory(shards=len(self.classnames), image_bytes=sum(size for _, _, size in self._files))
+
+
+def _size(file: Path) -> int | None:
+    """Returns the bytes of a file, none for a link that leads nowhere; None: it is a folder."""
+    try:
+        status = file.stat()
+    except FileNotFoundError:  # a record that cannot be read, and no reason to stop
+        return 0
+    return None if stat.S_ISDIR(status.st_mode) else status.st_size
 
 
 def _digest(facts: Iterable[Any]) -> str:
@@ -81,13 +96,13 @@ class Table:
     """
 
     def __init__(self, path: str, keys: Keys):
-        [self._of] = storage.look_up([path])
+        [self._of] = storage.look_up([path if storage.is_url(path) else os.path.expanduser(path)])  # noqa: PTH111
         columns = _columns(self._of, keys)
         tag = index_file.tag_of(columns)
         found = index_file.find(self._of, tag)
         self._path = found[0] if found else _keep(self._of, tag, columns)
         self.name, self.split, self.classnames = storage.name_of(path).partition(".")[0], "all", ()
-        self._length = len(_opened(self._path))
+        self._length = len(_opened(self._path, self._of))
         if not len(self):
             raise UserError(f"{path} has no row")
 
@@ -95,10 +110,10 @@ class Table:
         return self._length
 
     def __getitem__(self, index: int) -> Record:
-        image, *texts = _opened(self._path).columns
+        image, *texts = _opened(self._path, self._of).columns
         name = image[index].as_py() or ""
         name = name if isinstance(name, str) else os.fsdecode(name)
-        if not name:
+        if not name or "\0" in name:
             raise BadRecord(Problem.NO_IMAGE)
         found = captions.of(text for column in texts for text in captions.within(column[index].as_py(), ()))
         try:
@@ -121,7 +136,8 @@ class Table:
 
 
 @functools.lru_cache(8)
-def _opened(path: Path) -> pa.Table:
+def _opened(path: Path, of: File) -> pa.Table:
+    """Returns the Arrow file for one state of a table."""
     return index_file.mapped(path)
 
 
@@ -129,19 +145,36 @@ def _columns(of: File, keys: Keys) -> list[str]:
     """Returns the names of the column with paths and of those with captions."""
     with _explained(of), storage.opened(of) as file:
         if of.path.endswith(".parquet"):
-            names = pq.ParquetFile(file).schema_arrow.names
+            kinds = {field.name: field.type for field in pq.ParquetFile(file).schema_arrow}
         else:
-            names = pa_csv.open_csv(file, parse_options=_parsing(of)).schema.names
-    image = next((name for name in keys.images_or(IMAGES) if name in names), None)
-    wanted = keys.captions_or(CAPTIONS)
-    texts = [name for name in wanted if name in names]
+            kinds = dict.fromkeys(pa_csv.open_csv(file, parse_options=_parsing(of)).schema.names, pa.binary())
+    image = next((name for name in keys.images_or(IMAGES) if _is_text(kinds.get(name))), None)
+    texts = [name for name in keys.captions_or(CAPTIONS) if _is_text(_of_one(kinds.get(name)))]
     texts = texts if keys.captions else texts[:1]
     if image is None or not texts:
         lacks, field = ("paths of images", "image_keys") if image is None else ("captions", "caption_keys")
+        found = ", ".join(name if _is_text(_of_one(kind)) else f"{name} ({kind})" for name, kind in kinds.items())
         raise UserError(
-            f"{of.path} has no column of {lacks} by a usual name; it has {', '.join(names)}; say which in data.{field}"
+            f"{of.path} has no column of {lacks} by a usual name; it has {found}; say which in data.{field}"
         )
     return [image, *texts]
+
+
+def _is_text(kind: pa.DataType | None) -> bool:
+    kind = _plain(kind)
+    return kind is not None and any(
+        test(kind) for test in (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary)
+    )
+
+
+def _of_one(kind: pa.DataType | None) -> pa.DataType | None:
+    """Returns the kind of what a list has, and that of anything else."""
+    return kind.value_type if kind is not None and (types.is_list(kind) or types.is_large_list(kind)) else kind
+
+
+def _plain(kind: pa.DataType | None) -> pa.DataType | None:
+    """Returns the kind without a dictionary, of which an Arrow file can have but one a column."""
+    return kind.value_type if kind is not None and types.is_dictionary(kind) else kind
 
 
 def _parsing(of: File) -> pa_csv.ParseOptions:
@@ -151,22 +184,39 @@ def _parsing(of: File) -> pa_csv.ParseOptions:
 def _keep(of: File, tag: str, columns: list[str]) -> Path:
     """Returns the Arrow file of some columns of a table."""
     with _explained(of), storage.opened(of) as file:
-        if of.path.endswith(".parquet"):
-            table = pq.ParquetFile(file)
-            schema, batches = table.schema_arrow, table.iter_batches(columns=columns)
-            schema = pa.schema([schema.field(name) for name in columns])
-        else:  # captions as bytes: whether they are text is each record's own affair
-            kinds = dict.fromkeys(columns, pa.binary())
-            converting = pa_csv.ConvertOptions(include_columns=columns, column_types=kinds, check_utf8=False)
-            batches = pa_csv.open_csv(file, parse_options=_parsing(of), convert_options=converting)
-            schema = batches.schema
-        tables = (pa.Table.from_batches([batch]).select(columns) for batch in batches)
-        return index_file.write(of, tag, schema, tables, None)
+        schema, _ = _batches(of, file, columns)
+    try:
+        return index_file.write(of, tag, schema, lambda: _tables(of, columns), {})
+    except pa.ArrowException as error:
+        raise UserError(str(error)) from error
+
+
+def _tables(of: File, columns: list[str]) -> Iterator[pa.Table]:
+    try:
+        with _explained(of), storage.opened(of) as file:
+            schema, batches = _batches(of, file, columns)
+            for batch in batches:
+                yield pa.Table.from_batches([batch]).select(columns).cast(schema)
+    except UserError as error:  # not for want of a place to write to
+        raise pa.ArrowInvalid(str(error)) from error
+
+
+def _batches(of: File, file: io.IOBase, columns: list[str]) -> tuple[pa.Schema, Iterable[pa.RecordBatch]]:
+    if of.path.endswith(".parquet"):
+        table = pq.ParquetFile(file)
+        kinds = [(name, _plain(table.schema_arrow.field(name).type)) for name in columns]
+        return pa.schema(kinds), table.iter_batches(columns=columns)
+    # Captions as bytes: whether they are text is each record's own affair.
+    kinds = dict.fromkeys(columns, pa.binary())
+    converting = pa_csv.ConvertOptions(include_columns=columns, column_types=kinds, check_utf8=False)
+    batches = pa_csv.open_csv(file, parse_options=_parsing(of), convert_options=converting)
+    return batches.schema, batches
 
 
 @contextlib.contextmanager
 def _explained(of: File) -> Iterator[None]:
     try:
-        yield
-    except (pa.ArrowException, OSError) as error:
+        with storage.as_os_errors():
+            yield
+    except OSError as error:
         raise UserError(f"{of.path} cannot be read as a table: {' '.join(str(error).split())}") from error

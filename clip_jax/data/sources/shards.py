@@ -118,7 +118,8 @@ def _mapped(path: str, shard: File) -> ShardIndex:
 
 @functools.lru_cache(MAX_MAPPED)
 def _opened(path: str, shard: File) -> ShardIndex | None:
-    return ShardIndex(Path(path)) if shard_index.summary_of(Path(path), shard) else None
+    summary = shard_index.summary_of(Path(path), shard)
+    return ShardIndex(Path(path), summary.records) if summary else None
 
 
 def _relative(paths: list[str]) -> list[str]:
