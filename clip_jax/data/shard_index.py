@@ -115,7 +115,9 @@ def find_or_make(shards: Sequence[File], choice: Choice) -> list[tuple[Path, Sum
     Raises:
         UserError: there is no place to keep them, or a process that made them has died.
     """
-    found = [find(shard, choice) for shard in shards]
+    elsewhere = any(storage.is_url(shard.path) for shard in shards)
+    with concurrent.futures.ThreadPoolExecutor(storage.AT_ONCE if elsewhere else 1) as pool:
+        found = list(pool.map(find, shards, [choice] * len(shards)))
     missing = [i for i, index in enumerate(found) if index is None]
     random.Random(os.getpid()).shuffle(missing)
     few = sum(shards[i].size for i in missing) < FEW_BYTES

@@ -22,7 +22,8 @@ MAX_OPEN = 256  # files that a process keeps open; the usual limit is 1024 for a
 AT_ONCE = 32  # questions to a server
 RETRIES = (0.2, 1.0, 5.0)  # seconds before each further try
 BLOCK = 8 << 20  # bytes, that a file elsewhere is read in when it is read from its beginning to its end
-STAMPS = ("mtime", "LastModified", "last_modified", "updated", "Last-Modified", "ETag", "etag")  # of fsspec's systems
+# What fsspec's systems call the time of the last change, or have instead; the first that is there counts.
+STAMPS = ("mtime", "LastModified", "last_modified", "updated", "Last-Modified", "ETag", "etag", "modified", "created")
 
 
 T = TypeVar("T")
@@ -223,6 +224,8 @@ def read_if_there(path: str) -> bytes | None:
 def offer(url: str, data: bytes) -> bool:
     """Puts a file behind a URL, whole, where that is allowed; returns whether it is."""
     system, inside = system_of(url)
+    if url.startswith("http"):  # a web server is not a place to put things
+        return False
     try:
         system.pipe_file(inside, data)
     except Exception:  # read-only, in the words of whatever client

@@ -34,7 +34,9 @@ class ImageFolder:
         if not root.is_dir():
             raise UserError(f"there is no folder {folder!r}; write folder:DIR, with one sub-folder of images a class")
         suffixes = {f".{key.lower()}" for key in keys.images_or("jpg;jpeg;png;webp")}
-        self.classnames = tuple(sorted(entry.name for entry in os.scandir(root) if entry.is_dir()))
+        self.classnames = tuple(
+            sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name[0] != ".")
+        )
         self._root, self._caption_suffixes = root, [f".{key}" for key in keys.captions_or("txt")]
         self._files = [
             (label, file.relative_to(root).as_posix(), size)
@@ -120,6 +122,8 @@ class Table:
             return Record(storage.read(self._absolute(name)), found, None, name)
         except FileNotFoundError as error:
             raise BadRecord(Problem.NO_IMAGE) from error
+        except UserError as error:  # a scheme that nobody knows
+            raise BadRecord(Problem.UNREADABLE) from error
 
     def _absolute(self, name: str) -> str:
         folder = self._of.path.rpartition("/")[0]
