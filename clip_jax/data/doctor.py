@@ -16,10 +16,11 @@ import rich.table
 from matplotlib.figure import Figure
 
 from clip_jax.config import Config
-from clip_jax.data.pipeline import TrainingPairs, read, training_pairs
+from clip_jax.data.pipeline import Order, TrainingPairs, read, training_pairs
 from clip_jax.data.problems import BadRecord, Problem
 from clip_jax.data.sources import Source, open_training_source
 from clip_jax.data.transforms import header_size
+from clip_jax.errors import UserError
 from clip_jax.files import read_text, whole
 from clip_jax.models.variants import architecture
 
@@ -52,7 +53,7 @@ def examine(config: Config, *, samples: int, picture: Path) -> None:
     tokenizer = None if config.model.tokenizer is None else read_text(Path(config.model.tokenizer))
     pairs = training_pairs(config, arch, tokenizer, source, rows=range(config.data.global_batch))
     sample = look(source, pairs, samples)
-    _print(console, _inventory(config, source, seconds), f"{config.data.train}")
+    _print(console, _inventory(config, arch.logit_bias, source, seconds), f"{config.data.train}")
     _print(console, _seen(sample, pairs, source), f"in {sample.records:,} records, spread over all")
     _print(console, _speed(config, pairs, samples), "as it is trained on")
     draw(picture, pairs)
@@ -98,15 +99,24 @@ def _print(console: rich.console.Console, rows: Sequence[tuple[str, str]], title
     console.print()
 
 
-def _inventory(config: Config, source: Source, seconds: float) -> list[tuple[str, str]]:
+def _first_loss(batch: int, with_bias: bool) -> str:
+    """Returns the loss of pairs of which nothing is known yet: cosines of zero."""
+    if not with_bias:
+        return f"{math.log(batch):.3f} (ln {batch:,})"
+    from clip_jax.models.clip import SIGLIP_BIAS_INIT  # brings jax
+
+    right, wrong = np.logaddexp(0, -SIGLIP_BIAS_INIT), np.logaddexp(0, SIGLIP_BIAS_INIT)
+    return f"{right + (batch - 1) * wrong:.3f} (of the sigmoid loss with a bias of {SIGLIP_BIAS_INIT:g})"
+
+
+def _inventory(config: Config, with_bias: bool, source: Source, seconds: float) -> list[tuple[str, str]]:
     inventory, batch = source.inventory(), config.data.global_batch
-    rows = [
-        ("records", f"{len(source):,} in {inventory.shards:,} shards, opened in {seconds:.1f} s"),
-        ("an epoch", f"{len(source) / batch:,.1f} steps of {batch:,}"),
-        ("expected first loss", f"{math.log(batch):.3f} (ln {batch:,})"),
-    ]
+    rows = [("records", f"{len(source):,} in {inventory.shards:,} shards, opened in {seconds:.1f} s")]
     if inventory.image_bytes is not None:
-        rows.insert(1, ("bytes", rich.filesize.decimal(inventory.image_bytes)))
+        rows.append(("bytes", rich.filesize.decimal(inventory.image_bytes)))
+    if len(Order.of(source, config.seed).lengths) == 1:
+        rows.append(("an epoch", f"{len(source) / batch:,.1f} steps of {batch:,}"))
+    rows.append(("expected first loss", _first_loss(batch, with_bias)))
     if downloads := inventory.downloads:
         failed = downloads.get("failed_to_download", 0), downloads.get("failed_to_resize", 0)
         rows.append(
@@ -171,5 +181,8 @@ def draw(path: Path, pairs: TrainingPairs) -> None:
         axes.imshow(pair.batch.image)
         words = pairs.caption(i) if pair.batch.valid else f"left out: {Problem(int(pair.problem)).words}"
         axes.set_xlabel("\n".join(textwrap.wrap(words, 30)[:4]), fontsize=7, parse_math=False)
-    with whole(path) as temporary:
-        figure.savefig(temporary, dpi=110)
+    try:
+        with whole(path) as temporary:
+            figure.savefig(temporary, dpi=110)
+    except ValueError as error:  # matplotlib's, of a suffix that it does not know
+        raise error if isinstance(error, UserError) else UserError(f"cannot draw {path}: {error}") from error

@@ -119,7 +119,7 @@ def find_or_make(shards: Sequence[File], choice: Choice) -> list[tuple[Path, Sum
     with concurrent.futures.ThreadPoolExecutor(storage.AT_ONCE if elsewhere else 1) as pool:
         found = list(pool.map(find, shards, [choice] * len(shards)))
     missing = [i for i, index in enumerate(found) if index is None]
-    random.Random(os.getpid()).shuffle(missing)
+    random.Random().shuffle(missing)
     few = sum(shards[i].size for i in missing) < FEW_BYTES
     workers = 0 if few else min(len(missing), joblib.cpu_count())
     with _Progress(len(missing)) as progress:
@@ -140,8 +140,8 @@ def _made(shards: list[File], choice: Choice, workers: int) -> Iterable[tuple[Pa
             yield from pool.map(make, shards, [choice] * len(shards))
         except concurrent.futures.process.BrokenProcessPool as error:
             raise UserError(
-                "a process that read shards for their index was killed, which out of memory does; start again: what "
-                "was made so far stays"
+                "a process that read shards for their index has died: out of memory, or it ran a script of yours that "
+                "has no `if __name__ == '__main__':`; start again: what was made so far stays"
             ) from error
 
 
@@ -228,7 +228,7 @@ def _looked_at(member: tar.Member, kind: str, choice: Choice, read: tar.Read) ->
             return _Found(member, pixels=_pixels(member, choice, read))
         if kind == "json":
             content = captions.parsed(read(member.start, min(member.size, LONGEST_HEADER)))
-            if content.get("status", "success") != "success":
+            if isinstance(status := content.get("status"), str) and status != "success":
                 raise BadRecord(Problem.STATUS)
             fields = [key.split(".")[1:] for key in choice.caption_keys if is_json(key)]
             if fields:
@@ -256,8 +256,8 @@ def _chosen(files: dict[str, _Found], choice: Choice) -> list[_Found | None]:
     Raises:
         BadRecord: it does not count.
     """
-    if (status := files.get("json")) and status.problem in (Problem.STATUS, Problem.NOT_JSON):
-        raise BadRecord(status.problem)
+    if (status := files.get("json")) and status.problem is Problem.STATUS:
+        raise BadRecord(Problem.STATUS)
     image = next((files[key] for key in choice.image_keys if key in files), None)
     if image is None:
         raise BadRecord(Problem.NO_IMAGE)

@@ -59,10 +59,11 @@ def expand(pattern: str, suffix: str) -> list[str]:
         if is_url(path):
             found += _elsewhere(path, suffix)
         elif re.search(r"[*?\[]", path) and not os.path.exists(path):  # noqa: PTH110 (a URL is no Path; nor is this)
-            found += sorted(glob.glob(os.path.expanduser(path), recursive=True))  # noqa: PTH207, PTH111
+            there = sorted(glob.glob(os.path.expanduser(path), recursive=True))  # noqa: PTH207, PTH111
+            found += [place for place in there if not os.path.isdir(place)]  # noqa: PTH112
         else:
             place = Path(path).expanduser()
-            found += sorted(map(str, place.glob(f"*{suffix}"))) if place.is_dir() else [str(place)]
+            found += sorted(glob.glob(f"{glob.escape(str(place))}/*{suffix}")) if place.is_dir() else [str(place)]  # noqa: PTH207
     if twice := [path for path, times in collections.Counter(found).items() if times > 1]:
         raise UserError(f"{pattern!r} names {twice[0]} twice; name each file once")
     if not found:
@@ -197,14 +198,15 @@ def patiently(call: Callable[[], T]) -> T:
     return call()
 
 
-def read(path: str, start: int | None = None, size: int | None = None) -> bytes:
-    """Returns a part of a file, or all of it; less, where it ends before.
+def read(path: str, start: int | None = None, size: int | None = None, *, stamp: str = "") -> bytes:
+    """Returns a part of a file, or all of it; less, where it ends before. A local file that is read in parts is kept
+    open; another `stamp` is another file in its place.
 
     Raises:
         OSError: it cannot be read.
     """
     if not is_url(path):
-        return Path(path).read_bytes() if start is None else _OPEN.read(path, start, size)
+        return Path(path).read_bytes() if start is None else _OPEN.read(path, stamp, start, size)
     system, inside = system_of(path)
     with as_os_errors():
         data = system.cat_file(inside, start=start, end=None if size is None else (start or 0) + size)
@@ -264,14 +266,14 @@ class _Open:
 
     def __init__(self):
         self._lock = threading.Lock()
-        self._files: collections.OrderedDict[str, _Descriptor] = collections.OrderedDict()
+        self._files: collections.OrderedDict[tuple[str, str], _Descriptor] = collections.OrderedDict()
 
-    def read(self, path: str, start: int, size: int) -> bytes:
+    def read(self, path: str, stamp: str, start: int, size: int) -> bytes:
         with self._lock:
-            descriptor = self._files.pop(path, None)
+            descriptor = self._files.pop((path, stamp), None)
         descriptor = descriptor or _Descriptor(path)  # which may take a while: nobody waits for it
         with self._lock:
-            self._files[path] = descriptor
+            self._files[path, stamp] = descriptor
             if len(self._files) > MAX_OPEN:
                 self._files.popitem(last=False)  # closed once no thread reads it any more
         return os.pread(descriptor.number, size, start)

@@ -16,6 +16,7 @@ LONG_NAME = b"L"
 EXTENSIONS = (LONG_NAME, b"x", b"X")  # headers with the next member's name or size: GNU's, pax, Solaris's pax
 OF_OTHERS = (b"K", b"g")  # headers that say nothing of them
 HEADER_ALONE = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, folders; what nobody knows has content
+ZEROS = 1 << 20  # bytes of them that are read at once
 MAX_EXTENSION = 1 << 20  # bytes that a name or a pax header may have
 
 Read = Callable[[int, int], bytes]  # (start, size) → at most so many bytes
@@ -46,6 +47,7 @@ def members(read: Read, size: int) -> Iterator[Member]:
         if len(header) < BLOCK:
             raise BrokenTarError(f"cut short at byte {at:,}")
         if header.count(0) == BLOCK:
+            _expect_zeros(read, at + BLOCK, size)
             return
         name, length, kind = _parsed(header, at)
         start = at + BLOCK
@@ -64,6 +66,13 @@ def members(read: Read, size: int) -> Iterator[Member]:
         at = start + -(-present // BLOCK) * BLOCK
     if size:
         raise BrokenTarError("has no end mark, as a file that was cut short between two members")
+
+
+def _expect_zeros(read: Read, at: int, size: int) -> None:
+    """Raises BrokenTarError when there is anything behind the mark of the end."""
+    for start in range(at, size, ZEROS):
+        if read(start, min(ZEROS, size - start)).strip(b"\0"):
+            raise BrokenTarError(f"has a mark of its end before byte {at:,}, and more behind it")
 
 
 def check_of(header: bytes) -> int:

@@ -170,6 +170,7 @@ def training_crop(
             image.draft(None, (math.ceil(image.width / shrunk), math.ceil(image.height / shrunk)))
         scale = round(full / image.width)  # libjpeg rounds sizes up: the part lies within
         box = (left / scale, top / scale, right / scale, bottom / scale)
+        image = _of_eight_bits(image)
         rgb = on_white(image) if preprocess.rgb_first else _rgb(image)
     except Exception as error:  # PIL's readers raise what they like
         raise BadRecord(Problem.DAMAGED) from error
@@ -222,16 +223,15 @@ def _random_box(
     return left, top, min(left + wide, width), min(top + high, height)
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    """Returns the image in RGB; PIL would take all of 16 bits that is over 255 for white."""
-    if image.mode == "RGB":
-        image.load()
-        return image
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+def _of_eight_bits(image: Image.Image) -> Image.Image:
+    """Returns the image decoded, grey of 16 bits in 8: PIL would take all that is over 255 for white."""
     image.load()
+    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)) if image.mode.startswith("I;16") else image
+
+
+def _rgb(image: Image.Image) -> Image.Image:
     image.info.pop("transparency", None)  # RGB has none, and PIL would warn of it
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _jittered(

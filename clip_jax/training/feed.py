@@ -135,25 +135,27 @@ def in_words(bad: Bad) -> str:
 
 
 class BadLimit:
-    """Stops a run of which too many of the last pairs could not be read."""
+    """Notices when too many of the last pairs could not be read."""
 
     def __init__(self, limit: float, *, seen: int):
         self._limit, self._seen = limit, seen
         self._laps: collections.deque[tuple[int, Bad]] = collections.deque()
 
-    def check(self, seen: int, bad: Bad) -> None:
-        """Raises UserError, with the worst shards, when the limit is passed; `bad` is of the pairs seen since."""
+    def passed(self, seen: int, bad: Bad) -> str | None:
+        """Returns what is to be said, with the worst shards, when the limit is passed; `bad` is of the pairs seen since
+        the last call."""
         self._laps.append((seen - self._seen, bad))
         self._seen = seen
-        while sum(seen for seen, _ in self._laps) - self._laps[0][0] >= WINDOW:
+        while sum(pairs for pairs, _ in self._laps) - self._laps[0][0] >= WINDOW:
             self._laps.popleft()
-        window = max(WINDOW, sum(seen for seen, _ in self._laps))
+        window = max(WINDOW, sum(pairs for pairs, _ in self._laps))
         recent = merged([lap for _, lap in self._laps])
-        if total(recent) > self._limit * window:
-            raise UserError(
-                f"more than {100 * self._limit:.3g}% (data.bad_limit) of the last {window:,} pairs cannot be read; "
-                f"left out: {in_words(recent)}; mend or remove these, or raise the limit"
-            )
+        if total(recent) <= self._limit * window:
+            return None
+        return (
+            f"more than {100 * self._limit:.3g}% (data.bad_limit) of the last {window:,} pairs cannot be read; left "
+            f"out: {in_words(recent)}; mend or remove these and go on with data.accept_changes=true, or raise the limit"
+        )
 
 
 def loggable(bad: Bad) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """A run from its config to its last checkpoint; started again in the same folder, it goes on where it was."""
 
+import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +43,10 @@ def train(config: Config, workdir: Path, *, devices: list[jax.Device] | None = N
     with Checkpoints(folder.checkpoints, keep=config.keep_checkpoints) as checkpoints:
         start = checkpoints.latest() or 0
         if start:
-            changed = changed_data(checkpoints.position(start), _position(config, source, start))
-            if changed and not config.data.accept_changes:
-                raise UserError(f"{changed}; choose another workdir, or go on with --config.data.accept_changes=true")
-            state = checkpoints.restore(start, program.state)
-            if is_first:
-                folder.claim(config, arch)  # with what may change: the mesh, cadences
-        else:
-            state = program.initial_state()
+            _check_data(checkpoints.position(start), _position(config, source, start), config)
+        state = checkpoints.restore(start, program.state) if start else program.initial_state()
+        if is_first:
+            folder.claim(config, arch)  # with what may change: the mesh, cadences, where the data lies
 
         # 3. The data, from the example where the run is; and step by step. Metrics are read only when they are logged:
         # the device is never waited for in between.
@@ -58,16 +56,8 @@ def train(config: Config, workdir: Path, *, devices: list[jax.Device] | None = N
             _feed(program, tokenizer, source, start) as feed,
             StepClock(config.data.global_batch) as clock,
         ):
-            data = f"data: {len(source):,} records of {config.data.train}"
-            for line in (
-                *program.described(),
-                *sharding.summary(program.state.params),
-                data,
-                *source.inventory().said(),
-            ):
+            for line in _introduction(program, source, start):
                 progress.say(line)
-            if start:
-                progress.say(f"resumed at step {start}")
             limit = BadLimit(config.data.bad_limit, seen=start * config.data.global_batch)
             for step in range(start + 1, config.total_steps + 1):
                 with clock.waiting_for_data():
@@ -80,12 +70,27 @@ def train(config: Config, workdir: Path, *, devices: list[jax.Device] | None = N
                     scalars["data_wait"], bad = feed.report(scalars["data_wait"], progress.say)
                     log.write(step, scalars, bad)
                     progress.show(step, scalars)
-                    limit.check(step * config.data.global_batch, bad)
+                    if too_many := limit.passed(step * config.data.global_batch, bad):
+                        checkpoints.save(state, _position(config, source, step))  # of what was trained so far
+                        raise UserError(too_many)
                 if every(config.checkpoint_every, step, config.total_steps):
                     checkpoints.save(state, _position(config, source, step))
             if bad := log.bad():
                 progress.say(f"left out {in_words(bad)}")
             progress.say(f"trained to step {config.total_steps}; the run is in {workdir}")
+
+
+def _check_data(saved: dict[str, Any], current: dict[str, Any], config: Config) -> None:
+    """Raises UserError when the data is not what the run was reading, unless that is meant."""
+    if (changed := changed_data(saved, current)) and not config.data.accept_changes:
+        raise UserError(f"{changed}; choose another workdir, or go on with --config.data.accept_changes=true")
+
+
+def _introduction(program: Program, source: Source, start: int) -> list[str]:
+    """Returns what a run says of itself before it begins."""
+    lines = [*program.described(), *sharding.summary(program.state.params)]
+    lines += [f"data: {len(source):,} records of {program.config.data.train}", *source.inventory().said()]
+    return lines + ([f"resumed at step {start}"] if start else [])
 
 
 def every(n: int, step: int, last: int) -> bool:
@@ -118,6 +123,7 @@ def _feed(program: Program, tokenizer: str | None, source: Source, start: int) -
     data, mesh = program.config.data, program.mesh
     rows = sharding.host_rows(data.global_batch, mesh)
     pairs = training_pairs(program.config, program.architecture, tokenizer, source, rows=rows, start=start)
+    here = distributed.gather(socket.gethostname()).count(socket.gethostname())  # processes on this host
+    cores = min(joblib.cpu_count(), max(1, os.cpu_count() // here))
     # A CPU that trains has no core to spare.
-    spare = 0 if mesh.devices.flat[0].platform == "cpu" else joblib.cpu_count()
-    return Feed(pairs, mesh, data, cores=spare)
+    return Feed(pairs, mesh, data, cores=0 if mesh.devices.flat[0].platform == "cpu" else cores)

@@ -274,7 +274,7 @@ def test_a_process_that_is_killed_is_said_and_what_was_made_stays(tmp_path, monk
 
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
-    with pytest.raises(UserError, match=r"^a process that read shards.* was killed, .*start again: .* so far stays$"):
+    with pytest.raises(UserError, match=r"^a process that read shards.* has died: .*start again: .* so far stays$"):
         shard_index.find_or_make([good, File(str(pipe), 1 << 20, "")], CHOICE)
     killer.join(10)
     assert not killer.is_alive()
@@ -469,12 +469,22 @@ def test_a_record_without_an_image_or_without_a_caption_is_left_out(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"{", b"", b"[]", b"null", b"\xff", b"[" * 100_000])
-def test_json_that_cannot_be_read_is_a_reason(content, tmp_path):
+def test_json_that_cannot_be_read_is_a_reason_where_captions_are_in_it(content, tmp_path):
     files = [("x.json", content), ("x.png", picture()), ("x.txt", b"words")]
-    assert left_out(tmp_path, *files) == {"JSON cannot be read": 1}
+    found, reasons = seen(tmp_path, files, CHOICE)
+    assert (list(found), reasons) == (["x"], {})
+    found, reasons = seen(tmp_path, files, choice(caption_keys=("json.caption",)))
+    assert (list(found), reasons) == ([], {"JSON cannot be read": 1})
 
 
-@pytest.mark.parametrize("status", ["failed_to_download", "failed_to_resize", None, 1])
+@pytest.mark.parametrize("status", [None, 1, 200, True, ["failed"]])
+def test_a_status_that_is_no_word_is_somebody_elses(status, tmp_path):
+    files = [("x.json", json.dumps({"status": status}).encode()), ("x.png", picture()), ("x.txt", b"w")]
+    found, reasons = seen(tmp_path, files, CHOICE)
+    assert (list(found), reasons) == (["x"], {})
+
+
+@pytest.mark.parametrize("status", ["failed_to_download", "failed_to_resize"])
 def test_a_status_that_is_no_success_is_a_reason(status, tmp_path):
     content = json.dumps({"status": status}).encode()
     assert left_out(tmp_path, ("x.json", content), ("x.png", picture()), ("x.txt", b"w")) == {

@@ -122,14 +122,14 @@ def _shards(rest: str, request: Request) -> Source:
 
 
 def _folder(rest: str, request: Request) -> Source:
-    from clip_jax.data.sources.files import ImageFolder
+    from clip_jax.data.sources.folder import ImageFolder
 
     request.check("folder", ("image", "captions", "label"))
     return ImageFolder(rest, request.keys)
 
 
 def _table(rest: str, request: Request) -> Source:
-    from clip_jax.data.sources.files import Table
+    from clip_jax.data.sources.table import Table
 
     request.check("csv", ("image", "captions"))
     return Table(rest, request.keys)

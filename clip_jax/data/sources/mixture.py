@@ -36,7 +36,9 @@ class Range:
         return self._source.fingerprint() | {"range": [self._first, self._first + self._length]}
 
     def inventory(self) -> Inventory:
-        return self._source.inventory()
+        """Returns what the whole source has, without what nobody has counted for the range."""
+        whole = self._source.inventory()
+        return Inventory(shards=whole.shards, broken=whole.broken)
 
 
 def _word(bound: int | None) -> str:
@@ -53,30 +55,37 @@ class Mixture:
         self.name, self.split, self.classnames = "+".join(source.name for source in sources), "all", ()
         self.lengths = tuple(len(source) for source in sources)
         self.turns = None if weights is None else _whole(weights)  # of each source, in a cycle
-        self._sources = tuple(sources)
+        self._sources, self._names = tuple(sources), _told_apart([source.name for source in sources])
         self._ends = np.cumsum(self.lengths)
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def _place(self, index: int) -> tuple[Source, int]:
+    def _place(self, index: int) -> tuple[int, int]:
+        """Returns (source, index in it)."""
         place = int(np.searchsorted(self._ends, index, "right"))
-        return self._sources[place], index - (int(self._ends[place - 1]) if place else 0)
+        return place, index - (int(self._ends[place - 1]) if place else 0)
 
     def __getitem__(self, index: int) -> Record:
-        source, inner = self._place(index)
-        return source[inner]
+        place, inner = self._place(index)
+        return self._sources[place][inner]
 
     def shard_of(self, index: int) -> str:
-        source, inner = self._place(index)
-        return f"{source.name}/{source.shard_of(inner)}"
+        place, inner = self._place(index)
+        return f"{self._names[place]}/{self._sources[place].shard_of(inner)}"
 
     def fingerprint(self) -> dict[str, Any]:
         parts = {f"part {i}": source.fingerprint() for i, source in enumerate(self._sources, 1)}
         return parts | {"turns": self.turns and list(self.turns)}
 
     def inventory(self) -> Inventory:
-        return Inventory.of_all({source.name: source.inventory() for source in self._sources})
+        inventories = [source.inventory() for source in self._sources]
+        return Inventory.of_all(dict(zip(self._names, inventories, strict=True)))
+
+
+def _told_apart(names: Sequence[str]) -> list[str]:
+    """Returns the names, with a number where several are equal."""
+    return [name if names.count(name) == 1 else f"{name} ({i})" for i, name in enumerate(names, 1)]
 
 
 def _whole(weights: Sequence[Fraction]) -> tuple[int, ...]:

@@ -23,12 +23,13 @@ class TarShards:
 
     def __init__(self, pattern: str, keys: Keys):
         choice = Choice(
-            keys.images_or("jpg;jpeg;png;webp"),
-            keys.captions_or("txt"),
+            tuple(key.lower() for key in keys.images_or("jpg;jpeg;png;webp")),
+            tuple(key if shard_index.is_json(key) else key.lower() for key in keys.captions_or("txt")),
             keys.min_image_size,
             keys.max_image_pixels,
         )
-        shards = storage.look_up(storage.expand(pattern, ".tar"))
+        # Sorted: their order is that of the records, which a pattern that names the same shards must not change.
+        shards = sorted(storage.look_up(storage.expand(pattern, ".tar")))
         indexes = shard_index.find_or_make(shards, choice)
         self.name = storage.name_of(shards[0].path.rpartition("/")[0]) or "shards"
         self.split, self.classnames = "all", ()
@@ -53,7 +54,7 @@ class TarShards:
         spans = zip(rows.blocks, rows.sizes, strict=True)
         files = [(int(blocks[row]) * tar.BLOCK, int(sizes[row])) for blocks, sizes in spans]
         present = [file for file in files if file[0]]
-        contents = dict(zip(present, self._contents(shard.path, present, int(rows.check[row])), strict=True))
+        contents = dict(zip(present, _contents(shard, present, int(rows.check[row])), strict=True))
         image, *texts = (contents.get(file) for file in files)
         found = dict(zip(self._choice.caption_files, texts, strict=True))
         values = []
@@ -62,19 +63,6 @@ class TarShards:
             if found[kind] is not None:
                 values += captions.within(captions.parsed(found[kind]), field) if field else [found[kind]]
         return Record(image, captions.of(values), None, rows.key(row))
-
-    def _contents(self, path: str, files: list[tuple[int, int]], check: int) -> list[bytes]:
-        """Returns the contents of a record's files, whose headers are looked at: the shard may have changed."""
-        first, last = min(start for start, _ in files) - tar.BLOCK, max(start + size for start, size in files)
-        if last - first <= sum(size for _, size in files) + NEAR:
-            data = storage.read(path, first, last - first)
-            parts = [data[start - tar.BLOCK - first : start + size - first] for start, size in files]
-        else:
-            parts = [storage.read(path, start - tar.BLOCK, size + tar.BLOCK) for start, size in files]
-        whole = all(len(part) == tar.BLOCK + size for part, (_, size) in zip(parts, files, strict=True))
-        if not whole or shard_index.check_of([tar.check_of(part[: tar.BLOCK]) for part in parts]) != check:
-            raise BadRecord(Problem.CHANGED)
-        return [part[tar.BLOCK :] for part in parts]
 
     def shard_of(self, index: int) -> str:
         return self._names[self._place(index)[0]]
@@ -96,6 +84,21 @@ class TarShards:
         """Returns [n, 2], width and height of every image, by their headers; n is the length of the source."""
         mapped = (_mapped(path, shard) for path, shard in zip(self._paths, self._shards, strict=True))
         return np.concatenate([np.stack([rows.width, rows.height], axis=1) for rows in mapped])
+
+
+def _contents(shard: File, files: list[tuple[int, int]], check: int) -> list[bytes]:
+    """Returns the contents of a record's files, whose headers are looked at: the shard may have changed."""
+    first, last = min(start for start, _ in files) - tar.BLOCK, max(start + size for start, size in files)
+    if last - first <= sum(size for _, size in files) + NEAR:
+        data = storage.read(shard.path, first, last - first, stamp=shard.stamp)
+        parts = [data[start - tar.BLOCK - first : start + size - first] for start, size in files]
+    else:
+        apart = [(start - tar.BLOCK, size + tar.BLOCK) for start, size in files]
+        parts = [storage.read(shard.path, start, size, stamp=shard.stamp) for start, size in apart]
+    whole = all(len(part) == tar.BLOCK + size for part, (_, size) in zip(parts, files, strict=True))
+    if not whole or shard_index.check_of([tar.check_of(part[: tar.BLOCK]) for part in parts]) != check:
+        raise BadRecord(Problem.CHANGED)
+    return [part[tar.BLOCK :] for part in parts]
 
 
 def _inventory(summary: Summary) -> Inventory:

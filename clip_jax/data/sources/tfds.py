@@ -25,12 +25,13 @@ class TfdsSource:
             raise UserError(f"data set {name!r} has no split {split!r}{nearest(split, builder.info.splits)}")
         self.name, self.split = name, split
         features = builder.info.features
-        self._image = next((key for key in keys.images_or("image") if key in features), "image")
+        self._image = next((key for key in keys.images_or("image") if key in features), None)
         paths = [key.split(".") for key in keys.captions_or("captions;captions.text;caption")]
         self._captions = [path for path in paths if path[0] in features]
         self._needs_captions = "captions" in needs
-        present = {"image": self._image in features, "captions": self._captions}
-        if missing := [need for need in needs if not present.get(need, need in features)]:
+        present = {"image": self._image, "captions": self._captions}
+        named = {"image": keys.image or "image", "captions": keys.captions or "captions"}
+        if missing := [named.get(need, need) for need in needs if not present.get(need, need in features)]:
             raise UserError(f"{name!r} has no feature {' and no '.join(missing)}; it has: {', '.join(features)}")
         self.classnames = tuple(features["label"].names) if "label" in features else ()
         self._version = str(builder.info.version)
@@ -56,7 +57,8 @@ class TfdsSource:
         except RuntimeError as error:  # what ArrayRecord raises for anything
             raise OSError(str(error)) from error
         texts = [text for name, *path in self._captions for text in captions.within(record[name], path)]
-        found = captions.of(texts) if texts or self._needs_captions else ()
+        said = any(text.strip() for text in texts)
+        found = captions.of(texts) if said or self._needs_captions else ()
         label = record.get("label")
         id = record["id"].decode() if self._has_ids else ""
         return Record(record[self._image], found, None if label is None else int(label), id)

@@ -1,12 +1,9 @@
-"""`folder:` — images in one sub-folder a class; `csv:` — a table of paths and captions (csv, tsv or parquet)."""
+"""`csv:` — a table of paths and captions: .csv, .tsv or .parquet."""
 
 import contextlib
 import functools
-import hashlib
 import io
-import json
 import os
-import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,71 +21,7 @@ from clip_jax.errors import UserError
 
 IMAGES = "filepath;image;image_path;path;file;file_name"  # columns
 CAPTIONS = "title;caption;captions;text"
-
-
-class ImageFolder:
-    """Images in one sub-folder a class; the caption is what a .txt file of the same name says, else the class."""
-
-    def __init__(self, folder: str, keys: Keys):
-        root = Path(folder).expanduser()
-        if not root.is_dir():
-            raise UserError(f"there is no folder {folder!r}; write folder:DIR, with one sub-folder of images a class")
-        suffixes = {f".{key.lower()}" for key in keys.images_or("jpg;jpeg;png;webp")}
-        self.classnames = tuple(
-            sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name[0] != ".")
-        )
-        self._root, self._caption_suffixes = root, [f".{key}" for key in keys.captions_or("txt")]
-        self._files = [
-            (label, file.relative_to(root).as_posix(), size)
-            for label, name in enumerate(self.classnames)
-            for file in sorted((root / name).rglob("*"))
-            if file.suffix.lower() in suffixes and (size := _size(file)) is not None
-        ]
-        if not self._files:
-            raise UserError(
-                f"no sub-folder of {folder!r} has an image ({', '.join(sorted(suffixes))}); there must be one "
-                "sub-folder a class"
-            )
-        self.name, self.split = root.resolve().name, "all"
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def __getitem__(self, index: int) -> Record:
-        label, file, _ = self._files[index]
-        path = self._root / file
-        beside = (storage.read_if_there(str(path.with_suffix(suffix))) for suffix in self._caption_suffixes)
-        texts = [text for text in beside if text is not None] or [self.classnames[label].replace("_", " ")]
-        try:
-            return Record(storage.read(str(path)), captions.of(texts), label, file)
-        except FileNotFoundError as error:
-            raise BadRecord(Problem.NO_IMAGE) from error
-
-    def shard_of(self, index: int) -> str:
-        return self.classnames[self._files[index][0]]
-
-    def fingerprint(self) -> dict[str, Any]:
-        files = _digest((file, size) for _, file, size in self._files)
-        return {"source": "folder", "records": len(self), "files": files}
-
-    def inventory(self) -> Inventory:
-        return Inventory(shards=len(self.classnames), image_bytes=sum(size for _, _, size in self._files))
-
-
-def _size(file: Path) -> int | None:
-    """Returns the bytes of a file, none for a link that leads nowhere; None: it is a folder."""
-    try:
-        status = file.stat()
-    except FileNotFoundError:  # a record that cannot be read, and no reason to stop
-        return 0
-    return None if stat.S_ISDIR(status.st_mode) else status.st_size
-
-
-def _digest(facts: Iterable[Any]) -> str:
-    digest = hashlib.sha256()
-    for fact in facts:
-        digest.update(json.dumps(fact).encode())
-    return digest.hexdigest()
+BLOCK = 1 << 26  # bytes of a csv that are parsed at once; a row is not longer
 
 
 class Table:
@@ -101,18 +34,30 @@ class Table:
         [self._of] = storage.look_up([path if storage.is_url(path) else os.path.expanduser(path)])  # noqa: PTH111
         columns = _columns(self._of, keys)
         tag = index_file.tag_of(columns)
-        found = index_file.find(self._of, tag)
-        self._path = found[0] if found else _keep(self._of, tag, columns)
+        self._path, noted = index_file.find(self._of, tag) or _keep(self._of, tag, columns)
+        self._left_out = noted["left_out"]
         self.name, self.split, self.classnames = storage.name_of(path).partition(".")[0], "all", ()
-        self._length = len(_opened(self._path, self._of))
+        self._length = len(self._rows())
         if not len(self):
             raise UserError(f"{path} has no row")
 
     def __len__(self) -> int:
         return self._length
 
+    def _rows(self) -> pa.Table:
+        """Returns the Arrow file's rows.
+
+        Raises:
+            BadRecord: it is that of another state of the table by now.
+        """
+        rows = _opened(self._path, self._of)
+        if rows is None:
+            _opened.cache_clear()  # it may be there again
+            raise BadRecord(Problem.CHANGED)
+        return rows
+
     def __getitem__(self, index: int) -> Record:
-        image, *texts = _opened(self._path, self._of).columns
+        image, *texts = self._rows().columns
         name = image[index].as_py() or ""
         name = name if isinstance(name, str) else os.fsdecode(name)
         if not name or "\0" in name:
@@ -136,13 +81,12 @@ class Table:
         return {"source": "csv", "records": len(self), "size": self._of.size}
 
     def inventory(self) -> Inventory:
-        return Inventory(shards=1)
+        return Inventory(shards=1, left_out=self._left_out)
 
 
 @functools.lru_cache(8)
-def _opened(path: Path, of: File) -> pa.Table:
-    """Returns the Arrow file for one state of a table."""
-    return index_file.mapped(path)
+def _opened(path: Path, of: File) -> pa.Table | None:
+    return None if index_file.noted_in(path, of) is None else index_file.mapped(path)
 
 
 def _columns(of: File, keys: Keys) -> list[str]:
@@ -151,7 +95,7 @@ def _columns(of: File, keys: Keys) -> list[str]:
         if of.path.endswith(".parquet"):
             kinds = {field.name: field.type for field in pq.ParquetFile(file).schema_arrow}
         else:
-            kinds = dict.fromkeys(pa_csv.open_csv(file, parse_options=_parsing(of)).schema.names, pa.binary())
+            kinds = dict.fromkeys(_open_csv(of, file, []).schema.names, pa.binary())
     image = next((name for name in keys.images_or(IMAGES) if _is_text(kinds.get(name))), None)
     texts = [name for name in keys.captions_or(CAPTIONS) if _is_text(_of_one(kinds.get(name)))]
     texts = texts if keys.captions else texts[:1]
@@ -181,39 +125,65 @@ def _plain(kind: pa.DataType | None) -> pa.DataType | None:
     return kind.value_type if kind is not None and types.is_dictionary(kind) else kind
 
 
-def _parsing(of: File) -> pa_csv.ParseOptions:
-    return pa_csv.ParseOptions(delimiter="\t" if of.path.endswith(".tsv") else ",", newlines_in_values=True)
+def _open_csv(of: File, file: io.IOBase, odd: list[int], columns: list[str] | None = None) -> pa_csv.CSVStreamingReader:
+    """Returns the rows of a csv or tsv; of those with more or fewer fields than it has names, the number goes to `odd`.
+
+    In a csv, quotes are what RFC 4180 says; in a tsv they are characters like any other.
+    """
+
+    def skip(row: pa_csv.InvalidRow) -> str:
+        odd.append(row.actual_columns)
+        return "skip"
+
+    quoting = {"delimiter": "\t", "quote_char": False} if of.path.endswith(".tsv") else {"newlines_in_values": True}
+    converting = None
+    if columns:  # captions as bytes: whether they are text is each record's own affair
+        kinds = dict.fromkeys(columns, pa.binary())
+        converting = pa_csv.ConvertOptions(include_columns=columns, column_types=kinds, check_utf8=False)
+    return pa_csv.open_csv(
+        file,
+        read_options=pa_csv.ReadOptions(block_size=BLOCK),
+        parse_options=pa_csv.ParseOptions(invalid_row_handler=skip, **quoting),
+        convert_options=converting,
+    )
 
 
-def _keep(of: File, tag: str, columns: list[str]) -> Path:
-    """Returns the Arrow file of some columns of a table."""
+def _keep(of: File, tag: str, columns: list[str]) -> tuple[Path, dict[str, Any]]:
+    """Returns the Arrow file of some columns of a table, and what is noted in it."""
+    odd: list[int] = []
     with _explained(of), storage.opened(of) as file:
-        schema, _ = _batches(of, file, columns)
+        schema, _ = _batches(of, file, columns, odd)
+    noted: dict[str, Any] = {"left_out": {}}
     try:
-        return index_file.write(of, tag, schema, lambda: _tables(of, columns), {})
+        path = index_file.write(of, tag, schema, lambda: _tables(of, columns, odd), noted)
+        if odd:  # which is only known now, and noted at the beginning of the file
+            noted = {"left_out": {"row of another length": len(odd)}}
+            path = index_file.write(of, tag, schema, lambda: _tables(of, columns, odd), noted)
     except pa.ArrowException as error:
         raise UserError(str(error)) from error
+    return path, noted
 
 
-def _tables(of: File, columns: list[str]) -> Iterator[pa.Table]:
+def _tables(of: File, columns: list[str], odd: list[int]) -> Iterator[pa.Table]:
+    """Yields the table in parts; `odd` is filled anew."""
+    odd.clear()
     try:
         with _explained(of), storage.opened(of) as file:
-            schema, batches = _batches(of, file, columns)
+            schema, batches = _batches(of, file, columns, odd)
             for batch in batches:
                 yield pa.Table.from_batches([batch]).select(columns).cast(schema)
     except UserError as error:  # not for want of a place to write to
         raise pa.ArrowInvalid(str(error)) from error
 
 
-def _batches(of: File, file: io.IOBase, columns: list[str]) -> tuple[pa.Schema, Iterable[pa.RecordBatch]]:
+def _batches(
+    of: File, file: io.IOBase, columns: list[str], odd: list[int]
+) -> tuple[pa.Schema, Iterable[pa.RecordBatch]]:
     if of.path.endswith(".parquet"):
         table = pq.ParquetFile(file)
         kinds = [(name, _plain(table.schema_arrow.field(name).type)) for name in columns]
         return pa.schema(kinds), table.iter_batches(columns=columns)
-    # Captions as bytes: whether they are text is each record's own affair.
-    kinds = dict.fromkeys(columns, pa.binary())
-    converting = pa_csv.ConvertOptions(include_columns=columns, column_types=kinds, check_utf8=False)
-    batches = pa_csv.open_csv(file, parse_options=_parsing(of), convert_options=converting)
+    batches = _open_csv(of, file, odd, columns)
     return batches.schema, batches
 
 
