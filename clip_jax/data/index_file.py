@@ -2,8 +2,10 @@
 the other's size and time. They lie beside it, or in a cache folder where that cannot be written, or the other is a URL.
 """
 
+import ctypes
 import hashlib
 import json
+import mmap
 import os
 import zlib
 from collections.abc import Callable, Iterable
@@ -133,6 +135,22 @@ def mapped(path: Path) -> pa.Table:
     except (OSError, pa.ArrowException, ValueError) as error:
         raise damaged(path) from error
     return table
+
+
+def pages_of(table: pa.Table) -> tuple[int, int]:
+    """Returns (address, size) of the memory that a mapped table lies in."""
+    buffers = [buffer for column in table.columns for chunk in column.chunks for buffer in chunk.buffers() if buffer]
+    first = min((buffer.address for buffer in buffers), default=0) // mmap.PAGESIZE * mmap.PAGESIZE
+    return first, max((buffer.address + buffer.size for buffer in buffers), default=0) - first
+
+
+def let_go(pages: tuple[int, int]) -> None:
+    """Takes out of this process's memory what was read of a map; the system keeps it, and puts it back when needed."""
+    _MADVISE(*pages, mmap.MADV_DONTNEED)
+
+
+_MADVISE = ctypes.CDLL(None).madvise  # Python's own is a method of its maps, of which each keeps a file open
+_MADVISE.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
 def damaged(path: Path) -> UserError:

@@ -10,6 +10,7 @@ missing in an order of its own, and looks again before each.
 import collections
 import concurrent.futures
 import dataclasses
+import functools
 import json
 import multiprocessing
 import os
@@ -47,7 +48,7 @@ class Choice:
     min_image_size: int  # pixels of the shorter side
     max_image_pixels: int
 
-    @property
+    @functools.cached_property
     def caption_files(self) -> tuple[str, ...]:
         """The kinds of file that captions are in, in order, each once."""
         return tuple(dict.fromkeys(key.partition(".")[0] if is_json(key) else key for key in self.caption_keys))
@@ -86,15 +87,22 @@ class ShardIndex:
         self.sizes = [_column(table, name) for name in table.column_names if name.endswith("_size")]
         self.check = _column(table, "check")
         self.width, self.height = _column(table, "width"), _column(table, "height")
-        self._keys = table.column("key")
+        self._keys, self._pages = table.column("key"), index_file.pages_of(table)
 
     def key(self, row: int) -> str:
         return os.fsdecode(self._keys[row].as_py())
 
+    def let_go(self) -> None:
+        """Takes what was read of it out of this process's memory."""
+        index_file.let_go(self._pages)
+
 
 def _column(table: pa.Table, name: str) -> np.ndarray:
+    """Returns a column as it is mapped; not by Arrow's `to_numpy`, which imports pandas where there is one."""
     column = table.column(name)
-    return column.chunk(0).to_numpy(zero_copy_only=True) if column.num_chunks else np.zeros(0, np.uint32)
+    if not column.num_chunks:
+        return np.zeros(0, np.uint32)
+    return np.frombuffer(column.chunk(0).buffers()[1], np.uint32, len(column))
 
 
 def summary_of(path: Path, shard: File) -> Summary | None:
@@ -282,7 +290,7 @@ def _downloads(shard: File) -> dict[str, int]:
 
 
 def _table(rows: list[tuple[bytes, list[_Found | None]]], choice: Choice) -> pa.Table:
-    columns = {"key": pa.array([key for key, _ in rows], pa.binary())}
+    columns = {"key": _keys([key for key, _ in rows])}
     for place, kind in enumerate(("image", *choice.caption_files)):
         members = [files[place].member if files[place] else None for _, files in rows]
         columns[f"{kind}_block"] = _numbers([m.start // tar.BLOCK if m else 0 for m in members])
@@ -293,8 +301,16 @@ def _table(rows: list[tuple[bytes, list[_Found | None]]], choice: Choice) -> pa.
     return pa.table(columns)
 
 
+# Not by `pa.array`, which imports pandas where there is one: a quarter of a second for every process.
+
+
 def _numbers(values: list[int]) -> pa.Array:
-    return pa.array(values, pa.uint32())
+    return pa.Array.from_buffers(pa.uint32(), len(values), [None, pa.py_buffer(np.array(values, np.uint32))])
+
+
+def _keys(keys: list[bytes]) -> pa.Array:
+    ends = np.cumsum([0, *map(len, keys)], dtype=np.int32)
+    return pa.Array.from_buffers(pa.binary(), len(keys), [None, pa.py_buffer(ends), pa.py_buffer(b"".join(keys))])
 
 
 def check_of(checks: Iterable[int]) -> int:

@@ -22,6 +22,7 @@ MAX_OPEN = 256  # files that a process keeps open; the usual limit is 1024 for a
 AT_ONCE = 32  # questions to a server
 RETRIES = (0.2, 1.0, 5.0)  # seconds before each further try
 BLOCK = 8 << 20  # bytes, that a file elsewhere is read in when it is read from its beginning to its end
+WINDOW = 1 << 14  # bytes, likewise of a local file
 # What fsspec's systems call the time of the last change, or have instead; the first that is there counts.
 STAMPS = ("mtime", "LastModified", "last_modified", "updated", "Last-Modified", "ETag", "etag", "modified", "created")
 
@@ -258,7 +259,20 @@ def reader(file: File) -> Iterator[Callable[[int, int], bytes]]:
 
             yield part
         else:
-            yield lambda start, size: os.pread(stream.fileno(), size, start)
+            yield _Window(stream.fileno()).read
+
+
+class _Window:
+    """A part of a file that is held, so that what lies close together is read at once."""
+
+    def __init__(self, descriptor: int):
+        self._descriptor, self._start, self._data = descriptor, 0, b""
+
+    def read(self, start: int, size: int) -> bytes:
+        at = start - self._start
+        if at < 0 or at + size > len(self._data):
+            self._start, self._data, at = start, os.pread(self._descriptor, max(size, WINDOW), start), 0
+        return self._data[at : at + size]
 
 
 class _Open:

@@ -19,11 +19,13 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
+import shards
 from PIL import Image
 from tar_shards import CHOICE, Files, looked_up, picture, records, shard, tar_of
 
-from clip_jax.data import captions, index_file, shard_index, storage, tar
+from clip_jax.data import captions, index_file, shard_index, sources, storage, tar
 from clip_jax.data.shard_index import Choice, ShardIndex, Summary
+from clip_jax.data.sources import open_source
 from clip_jax.data.storage import File
 from clip_jax.errors import UserError
 
@@ -280,6 +282,46 @@ def test_a_process_that_is_killed_is_said_and_what_was_made_stays(tmp_path, monk
     assert not killer.is_alive()
     assert shard_index.find(good, CHOICE)[0] == path
     assert [entry.name for entry in tmp_path.glob("*.index")] == [path.name]
+
+
+def test_an_index_that_is_let_go_of_is_in_memory_no_more_and_says_the_same(tmp_path):
+    one = shard(tmp_path / "0.tar", records(50))
+    index, _ = index_of(one)
+    before = contents(one, index)
+    held = held_of(tmp_path)
+    index.let_go()
+    assert held_of(tmp_path) < held
+    assert contents(one, index) == before
+
+
+def held_of(folder: Path) -> int:
+    """Returns how many bytes of the indexes there this process has in memory."""
+    held, counts = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, *rest = line.split()
+        if not first.endswith(":"):
+            counts = line.endswith(".index") and str(folder) in line
+        elif first == "Rss:" and counts:
+            held += int(rest[0]) * 1024
+    return held
+
+
+def test_where_there_are_more_indexes_than_may_be_held_records_are_the_same(tmp_path, monkeypatch):
+    source = open_source(f"wds:{shards.write_several(tmp_path / 'shards', shards=3, records=5)}")
+    before = [source[i] for i in range(15)]
+    monkeypatch.setattr(sources.shards, "MAX_HELD", 0)
+    assert [source[i] for i in range(15)] == before
+    assert held_of(tmp_path) == 0
+
+
+def test_pandas_is_not_imported_for_an_index(tmp_path):
+    """It takes each process a quarter of a second and 45 MB."""
+    shards.write_several(tmp_path, shards=1, records=3)
+    words = (
+        "import sys; from clip_jax.data.sources import open_source; "
+        f"source = open_source('wds:{tmp_path}'); source[0]; sys.exit('pandas' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", words], cwd=ROOT, check=False).returncode == 0
 
 
 def test_a_shard_that_cannot_be_read_is_said_after_some_patience(tmp_path, monkeypatch):

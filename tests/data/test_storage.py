@@ -268,6 +268,20 @@ def test_a_file_is_read_from_its_beginning_to_its_end_with_parts_skipped(place, 
         assert stream.read() == CONTENT
 
 
+def test_parts_that_lie_close_together_are_read_at_once_in_whatever_order(tmp_path, monkeypatch):
+    (tmp_path / "file.tar").write_bytes(CONTENT)
+    [file] = storage.look_up([str(tmp_path / "file.tar")])
+    reads, pread = [], os.pread
+    monkeypatch.setattr(os, "pread", lambda *part: reads.append(part) or pread(*part))
+    numbers, at, parts = random.Random(0), 0, []
+    for _ in range(200):
+        at = (at + numbers.randrange(2000)) % len(CONTENT)
+        parts.append((at, numbers.randrange(1000)))
+    with storage.reader(file) as read:
+        assert [read(*part) for part in parts] == [CONTENT[start : start + size] for start, size in parts]
+    assert len(reads) < len(parts) / 5
+
+
 def test_of_a_file_that_is_not_there_nothing_is_read(place):
     assert storage.read_if_there(place.replace("file.tar", "other.tar")) is None
     with pytest.raises(FileNotFoundError):
