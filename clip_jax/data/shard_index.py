@@ -86,7 +86,6 @@ class ShardIndex:
         self.blocks = [_column(table, name) for name in table.column_names if name.endswith("_block")]
         self.sizes = [_column(table, name) for name in table.column_names if name.endswith("_size")]
         self.check = _column(table, "check")
-        self.width, self.height = _column(table, "width"), _column(table, "height")
         self._keys, self._pages = table.column("key"), index_file.pages_of(table)
 
     def key(self, row: int) -> str:
@@ -183,7 +182,6 @@ class _Found:
 
     member: tar.Member
     problem: Problem = Problem.NONE
-    pixels: tuple[int, int] = (0, 0)  # width, height
 
 
 def _scan(shard: File, choice: Choice) -> tuple[pa.Table, Summary]:
@@ -230,32 +228,31 @@ def _split(name: str) -> tuple[str, str]:
 def _looked_at(member: tar.Member, kind: str, choice: Choice, read: tar.Read) -> _Found:
     """Returns a file of a record with what is wrong with it."""
     try:
-        if kind in choice.image_keys and member.size >= 1 << 32:
-            raise BadRecord(Problem.TOO_LARGE)
         if kind in choice.image_keys:
-            return _Found(member, pixels=_pixels(member, choice, read))
-        if kind == "json":
+            _check_image(member, choice, read)
+        elif kind == "json":
             content = captions.parsed(read(member.start, min(member.size, LONGEST_HEADER)))
             if isinstance(status := content.get("status"), str) and status != "success":
                 raise BadRecord(Problem.STATUS)
             fields = [key.split(".")[1:] for key in choice.caption_keys if is_json(key)]
             if fields:
                 captions.of(text for field in fields for text in captions.within(content, field))
-            return _Found(member)
-        captions.of([read(member.start, min(member.size, captions.LONGEST + 1))])
+        else:
+            captions.of([read(member.start, min(member.size, captions.LONGEST + 1))])
     except BadRecord as error:
         return _Found(member, error.problem)
     return _Found(member)
 
 
-def _pixels(member: tar.Member, choice: Choice, read: tar.Read) -> tuple[int, int]:
-    """Returns (width, height) of an image, by its header."""
+def _check_image(member: tar.Member, choice: Choice, read: tar.Read) -> None:
+    """Raises BadRecord for a file that is no image, or one of another size than is wanted, by its header."""
+    if member.size >= 1 << 32:
+        raise BadRecord(Problem.TOO_LARGE)
     try:
         width, height = header_size(read(member.start, min(member.size, HEAD)))
     except BadRecord:
         width, height = header_size(read(member.start, min(member.size, LONGEST_HEADER)))
     check_size(width, height, choice.min_image_size, choice.max_image_pixels)
-    return width, height
 
 
 def _chosen(files: dict[str, _Found], choice: Choice) -> list[_Found | None]:
@@ -296,8 +293,6 @@ def _table(rows: list[tuple[bytes, list[_Found | None]]], choice: Choice) -> pa.
         columns[f"{kind}_block"] = _numbers([m.start // tar.BLOCK if m else 0 for m in members])
         columns[f"{kind}_size"] = _numbers([m.size if m else 0 for m in members])
     columns["check"] = _numbers([check_of([f.member.check for f in files if f]) for _, files in rows])
-    columns["width"] = _numbers([files[0].pixels[0] for _, files in rows])
-    columns["height"] = _numbers([files[0].pixels[1] for _, files in rows])
     return pa.table(columns)
 
 

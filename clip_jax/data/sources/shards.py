@@ -93,11 +93,6 @@ class TarShards:
         known = zip(self._names, self._summaries, strict=True)
         return Inventory.of_all({name: _inventory(summary) for name, summary in known})
 
-    def image_sizes(self) -> np.ndarray:
-        """Returns [n, 2], width and height of every image, by their headers; n is the length of the source."""
-        mapped = (_mapped(path, shard) for path, shard in zip(self._paths, self._shards, strict=True))
-        return np.concatenate([np.stack([rows.width, rows.height], axis=1) for rows in mapped])
-
 
 def _contents(shard: File, files: list[tuple[int, int]], check: int) -> list[bytes]:
     """Returns the contents of a record's files, whose headers are looked at: the shard may have changed."""
@@ -125,9 +120,7 @@ def _mapped(path: str, shard: File) -> ShardIndex:
     Raises:
         BadRecord: the shard has changed, and with it its index.
     """
-    rows = _opened(path, shard)
-    if rows is None:
-        _opened.cache_clear()  # it may be there again
+    if (rows := _opened(path, shard)) is None:
         raise BadRecord(Problem.CHANGED)
     return rows
 

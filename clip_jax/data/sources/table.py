@@ -50,9 +50,7 @@ class Table:
         Raises:
             BadRecord: it is that of another state of the table by now.
         """
-        rows = _opened(self._path, self._of)
-        if rows is None:
-            _opened.cache_clear()  # it may be there again
+        if (rows := _opened(self._path, self._of)) is None:
             raise BadRecord(Problem.CHANGED)
         return rows
 
