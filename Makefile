@@ -3,6 +3,7 @@
 # make test-full    everything, the full-size and long cases too
 # make test-latest  all that needs no PyTorch, on the newest JAX (needs a Python of 3.12 or later)
 # make benchmark    beside OpenAI's own code, the memory of conversions, and the loss in both forms (a few minutes)
+# make benchmark-data  the data path beside OpenCLIP's loader, and what indexes and long runs cost (ten minutes)
 # make plans        what the shipped configs take on their TPU slices, into docs/scaling.md (minutes a config)
 # make lint         ruff
 # make clean        removes what these have set up, and leaves your runs
@@ -29,7 +30,7 @@ ORACLES := "torch==2.13.0" "setuptools<81" regex tqdm packaging "transformers==5
   "img2dataset==1.47.0"
 ORACLES_NO_DEPS := "torchvision==0.28.0" clip-anytorch "open_clip_torch==3.3.0" "timm==1.0.31"
 
-.PHONY: quickstart test test-full test-latest benchmark plans lint clean
+.PHONY: quickstart test test-full test-latest benchmark benchmark-data plans lint clean
 
 quickstart: $(VENV)/.ready
 	$(VENV)/bin/python train.py --config=configs/quickstart.py --workdir=$(WORKDIR)
@@ -54,6 +55,9 @@ benchmark: $(VENV_TEST)/.ready
 	$(VENV_TEST)/bin/python benchmarks/openai_clip.py
 	$(VENV_TEST)/bin/python benchmarks/conversion_memory.py
 	$(VENV_TEST)/bin/python benchmarks/contrastive_loss.py
+
+benchmark-data: $(VENV_TEST)/.ready
+	$(VENV_TEST)/bin/python benchmarks/input_pipeline.py
 
 plans: $(VENV_TEST)/.ready
 	$(VENV_TEST)/bin/python -m clip_jax.planning.table --page=docs/scaling.md
