@@ -14,7 +14,7 @@ from tar_shards import picture
 
 from clip_jax.data import index_file, storage
 from clip_jax.data.problems import BadRecord, Problem
-from clip_jax.data.sources import Keys, Record, Source, files, open_source
+from clip_jax.data.sources import Keys, Record, Source, open_source, table
 from clip_jax.errors import UserError
 
 
@@ -28,13 +28,13 @@ def cache(tmp_path, monkeypatch) -> Path:
 @pytest.fixture
 def made(monkeypatch) -> list[str]:
     """The tables that were read, as often as they were."""
-    read, keep = [], files._keep
+    read, keep = [], table._keep
 
     def counted(of, tag, columns):
         read.append(storage.name_of(of.path))
         return keep(of, tag, columns)
 
-    monkeypatch.setattr(files, "_keep", counted)
+    monkeypatch.setattr(table, "_keep", counted)
     return read
 
 
@@ -187,7 +187,7 @@ def root(tmp_path) -> Path:
     return put(tmp_path / "data", PICTURES)
 
 
-def table(root: Path, content: str | bytes | dict[str, list], name: str = "train.csv", **keys) -> Source:
+def written(root: Path, content: str | bytes | dict[str, list], name: str = "train.csv", **keys) -> Source:
     """Writes a table, and opens it."""
     path = root / name
     if isinstance(content, dict):
@@ -198,7 +198,7 @@ def table(root: Path, content: str | bytes | dict[str, list], name: str = "train
 
 
 def test_a_tables_rows_are_records(root):
-    source = table(root, CSV)
+    source = written(root, CSV)
     assert isinstance(source, Source)
     assert (source.name, source.split, source.classnames, len(source)) == ("train", "all", (), 3)
     assert [record.image for record in all_of(source)] == list(PICTURES.values())
@@ -213,47 +213,47 @@ COLUMNS = {"filepath": list(PICTURES), "title": ["nought", "one", "two"]}
 
 
 def test_csv_tsv_and_parquet_are_the_same(root):
-    expected = all_of(table(root, CSV))
-    assert all_of(table(root, CSV.replace(",", "\t"), "train.tsv")) == expected
-    assert all_of(table(root, COLUMNS, "train.parquet")) == expected
-    assert all_of(table(root, CSV.replace("\n", "\r\n"), "windows.csv")) == expected
-    assert all_of(table(root, b"\xef\xbb\xbf" + CSV.encode(), "excel.csv")) == expected
-    assert all_of(table(root, CSV.removesuffix("\n"), "unended.csv")) == expected
+    expected = all_of(written(root, CSV))
+    assert all_of(written(root, CSV.replace(",", "\t"), "train.tsv")) == expected
+    assert all_of(written(root, COLUMNS, "train.parquet")) == expected
+    assert all_of(written(root, CSV.replace("\n", "\r\n"), "windows.csv")) == expected
+    assert all_of(written(root, b"\xef\xbb\xbf" + CSV.encode(), "excel.csv")) == expected
+    assert all_of(written(root, CSV.removesuffix("\n"), "unended.csv")) == expected
 
 
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.binary(), pa.dictionary(pa.int32(), pa.string())])
 def test_parquets_texts_may_be_of_any_kind(kind, root):
     """Those of a dictionary, as pandas writes categories, have another dictionary in every group of rows."""
     columns = {name: pa.array(values).cast(kind) for name, values in COLUMNS.items()}
-    source = table(root, columns, "train.parquet")
+    source = written(root, columns, "train.parquet")
     assert [record.captions for record in all_of(source)] == CAPTIONS
     assert [record.image for record in all_of(source)] == list(PICTURES.values())
 
 
-@pytest.mark.parametrize("image", files.IMAGES.split(";"))
-@pytest.mark.parametrize("text", files.CAPTIONS.split(";"))
+@pytest.mark.parametrize("image", table.IMAGES.split(";"))
+@pytest.mark.parametrize("text", table.CAPTIONS.split(";"))
 def test_columns_are_known_by_their_usual_names(image, text, root):
     content = CSV.replace("filepath", f"number,{image}").replace("title", text).replace("\nimages", "\n7,images")
-    assert [record.captions for record in all_of(table(root, content))] == CAPTIONS
+    assert [record.captions for record in all_of(written(root, content))] == CAPTIONS
 
 
 def test_other_columns_are_named_by_keys(root):
     content = "short,where,long\n0,images/0.png,nought\n1,images/1.png,\n"
-    source = table(root, content, image="path;where", captions="long;short")
+    source = written(root, content, image="path;where", captions="long;short")
     assert [record.captions for record in all_of(source)] == [("nought", "0"), ("1",)]
-    assert all_of(table(root, content, image="where", captions="short"))[0].captions == ("0",)
+    assert all_of(written(root, content, image="where", captions="short"))[0].captions == ("0",)
 
 
 def test_of_several_usual_captions_the_first_counts_and_all_that_are_named(root):
     content = {"filepath": ["images/0.png"], "text": ["text"], "caption": ["caption"]}
-    assert table(root, content, "a.parquet")[0].captions == ("caption",)
-    assert table(root, content, "a.parquet", captions="caption;text")[0].captions == ("caption", "text")
+    assert written(root, content, "a.parquet")[0].captions == ("caption",)
+    assert written(root, content, "a.parquet", captions="caption;text")[0].captions == ("caption", "text")
 
 
 def test_values_may_have_quotes_commas_and_lines(root):
     words = ['a "b"', "c, d", "e\nf", "  g  ", "NA", "null", "1.50", "true"]
     rows = "".join(f'images/0.png,"{text.replace(chr(34), chr(34) * 2)}"\n' for text in words)
-    source = table(root, f"filepath,title\n{rows}")
+    source = written(root, f"filepath,title\n{rows}")
     assert [record.captions for record in all_of(source)] == [(text,) for text in words]
 
 
@@ -262,7 +262,7 @@ def test_a_value_with_lines_may_lie_anywhere_in_a_large_table(root):
     texts = [f"{i}\n" * (i % 50) + "end" for i in range(20_000)]
     rows = "".join(f'images/0.png,"{text}"\n' for text in texts)
     assert len(rows) > 2 << 20
-    source = table(root, f"filepath,title\n{rows}")
+    source = written(root, f"filepath,title\n{rows}")
     assert len(source) == len(texts)
     assert [source[i].captions for i in range(0, len(source), 97)] == [(text,) for text in texts[::97]]
 
@@ -271,7 +271,7 @@ def test_a_value_with_lines_may_lie_anywhere_in_a_large_table(root):
 def test_a_caption_that_is_not_utf_8_makes_that_record_bad_and_no_other(row, root):
     rows = [b"images/0.png,a caption of some length\n"] * 20_000
     rows[row] = b"images/0.png,caf\xe9\n"
-    source = table(root, b"filepath,title\n" + b"".join(rows))
+    source = written(root, b"filepath,title\n" + b"".join(rows))
     assert problem_of(source, row) == Problem.NOT_TEXT
     assert len(source) == len(rows)
     assert all(source[i].captions == ("a caption of some length",) for i in (0, 1, 2, 19_998, 19_999) if i != row)
@@ -290,14 +290,14 @@ def test_a_caption_that_is_not_utf_8_makes_that_record_bad_and_no_other(row, roo
     ],
 )
 def test_a_row_that_is_no_record_is_bad_and_no_other(row, problem, root):
-    source = table(root, CSV + f"{row}\nimages/0.png,last\n")
+    source = written(root, CSV + f"{row}\nimages/0.png,last\n")
     assert problem_of(source, 3) == problem
     assert [source[i].captions for i in (0, 4)] == [("nought",), ("last",)]
 
 
 def test_what_parquet_has_not_is_a_bad_record(root):
     columns = {"filepath": ["images/0.png", None, "images/2.png"], "title": ["nought", "one", None]}
-    source = table(root, columns, "train.parquet")
+    source = written(root, columns, "train.parquet")
     assert source[0].captions == ("nought",)
     assert [problem_of(source, i) for i in (1, 2)] == [Problem.NO_IMAGE, Problem.NO_CAPTION]
 
@@ -305,7 +305,7 @@ def test_what_parquet_has_not_is_a_bad_record(root):
 def test_a_list_in_parquet_is_several_captions(root):
     texts = [["a", "b", "c"], [], ["", "d", None], None, [" "]]
     columns = {"filepath": ["images/0.png"] * 5, "captions": pa.array(texts, pa.list_(pa.string()))}
-    source = table(root, columns, "train.parquet")
+    source = written(root, columns, "train.parquet")
     assert [source[i].captions for i in (0, 2)] == [("a", "b", "c"), ("d",)]
     assert [problem_of(source, i) for i in (1, 3, 4)] == [Problem.NO_CAPTION] * 3
 
@@ -315,7 +315,7 @@ def test_paths_may_be_relative_absolute_or_urls(root, tmp_path, monkeypatch):
     system.pipe_file(f"memory://{tmp_path.name}/far.png", picture(33, 44))
     paths = ["images/0.png", f"{root}/images/1.png", f"memory://{tmp_path.name}/far.png", "../data/images/2.png"]
     pictures = [PICTURES["images/0.png"], PICTURES["images/1.png"], picture(33, 44), PICTURES["images/2.png"]]
-    source = table(root, "filepath,title\n" + "".join(f"{path},words\n" for path in paths))
+    source = written(root, "filepath,title\n" + "".join(f"{path},words\n" for path in paths))
     assert [record.image for record in all_of(source)] == pictures
     monkeypatch.chdir(root)
     assert [record.image for record in all_of(open_source("csv:train.csv"))] == pictures
@@ -326,7 +326,7 @@ def test_paths_may_be_relative_absolute_or_urls(root, tmp_path, monkeypatch):
 
 def test_a_table_behind_a_url_speaks_of_what_lies_beside_it(root, tmp_path, cache):
     system, url = fsspec.filesystem("memory"), f"memory://{tmp_path.name}"
-    expected = all_of(table(root, CSV))
+    expected = all_of(written(root, CSV))
     pq.write_table(pa.table(COLUMNS), root / "train.parquet")
     for name in [*PICTURES, "train.csv", "train.parquet"]:
         system.pipe_file(f"{url}/{name}", (root / name).read_bytes())
@@ -337,12 +337,12 @@ def test_a_table_behind_a_url_speaks_of_what_lies_beside_it(root, tmp_path, cach
 
 
 def test_a_table_can_be_read_by_another_process(root):
-    source = table(root, CSV)
+    source = written(root, CSV)
     assert all_of(pickle.loads(pickle.dumps(source))) == all_of(source)
 
 
 def test_a_table_has_captions_and_no_labels(root):
-    table(root, CSV)
+    written(root, CSV)
     with pytest.raises(UserError, match=r"^records of csv: have no label; they have: image, captions$"):
         open_source(f"csv:{root}/train.csv", needs=("image", "label"))
 
@@ -351,7 +351,7 @@ def test_a_table_has_captions_and_no_labels(root):
 
 
 def test_a_table_is_read_once(root, made):
-    first = table(root, CSV)
+    first = written(root, CSV)
     [kept] = root.glob("*.index")
     before = kept.stat().st_mtime_ns
     again = open_source(f"csv:{root}/train.csv")
@@ -361,19 +361,19 @@ def test_a_table_is_read_once(root, made):
 
 
 def test_a_table_that_changes_is_read_anew(root, made):
-    assert len(table(root, CSV)) == 3
-    longer = table(root, CSV + "images/0.png,again\n")
+    assert len(written(root, CSV)) == 3
+    longer = written(root, CSV + "images/0.png,again\n")
     assert [record.captions for record in all_of(longer)] == [*CAPTIONS, ("again",)]
-    same_size = table(root, CSV.replace("one", "uno") + "images/1.png,again\n")
+    same_size = written(root, CSV.replace("one", "uno") + "images/1.png,again\n")
     assert [record.captions for record in all_of(same_size)] == [("nought",), ("uno",), ("two",), ("again",)]
     assert same_size[3].id == "images/1.png"
     assert made == ["train.csv"] * 3
-    assert longer.fingerprint() != table(root, CSV).fingerprint()
+    assert longer.fingerprint() != written(root, CSV).fingerprint()
 
 
 def test_two_choices_of_columns_have_copies_of_their_own(root, made):
     content = CSV.replace("title", "title,alt").replace("\n", ",x\n").replace("alt,x", "alt")
-    sources = [table(root, content, captions=name) for name in ("title", "alt")]
+    sources = [written(root, content, captions=name) for name in ("title", "alt")]
     (root / "train.csv").touch()
     assert [source[0].captions for source in sources] == [("nought",), ("x",)]
     assert len(made) == len(list(root.glob("*.index"))) == 2
@@ -392,22 +392,36 @@ def test_a_copy_that_cannot_lie_beside_its_table_is_whole_in_the_cache_folder(ro
 # --- what is no table ---
 
 
+def test_rows_of_more_or_fewer_fields_are_left_out_and_counted(root):
+    rows = [f"images/{i % 3}.png,number {i}" for i in range(1000)]
+    odd = ["images/0.png,an unquoted, comma", "images/0.png"]
+    content = "filepath,title\n" + "\n".join([*rows[:500], odd[0], *rows[500:], odd[1]]) + "\n"
+    source = written(root, content)
+    assert [source[i].captions for i in (0, 500, 999)] == [("number 0",), ("number 500",), ("number 999",)]
+    assert (len(source), source.inventory().left_out) == (1000, {"row of another length": 2})
+    again = open_source(f"csv:{root}/train.csv")
+    assert (len(again), again.inventory().left_out) == (1000, {"row of another length": 2})
+
+
+def test_a_tsv_has_no_quotes_so_that_a_lone_one_swallows_no_other_row(root):
+    content = 'filepath\ttitle\nimages/0.png\t"a lone quote\nimages/1.png\tthe next\nimages/2.png\tan 8" pipe\n'
+    source = written(root, content, "train.tsv")
+    assert [record.captions[0] for record in all_of(source)] == ['"a lone quote', "the next", 'an 8" pipe']
+
+
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("a.csv", "filepath,title\na,b\na,b,c\n", "Expected 2 columns, got 3"),
-        ("a.csv", "filepath,title\n" + "a,b\n" * 400_000 + "a\n", "Expected 2 columns, got 1"),
         ("a.csv", "", "Empty CSV file"),
         ("a.csv", b"filepath,title,caf\xe9\na,b,c\n", "utf-8"),
-        ("a.csv", 'filepath,title\na,"b\n' + "c,d\n" * 600_000, "straddling"),
         ("a.parquet", "filepath,title\na,b\n", "Parquet magic bytes not found"),
         ("a.parquet", "", "Parquet file size is 0 bytes"),
     ],
-    ids=["a column too many", "a column too few, far down", "empty", "Latin-1 names", "no end", "csv", "empty parquet"],
+    ids=["empty", "Latin-1 names", "csv", "empty parquet"],
 )
 def test_a_table_that_cannot_be_read_is_said_in_a_line(name, content, words, root, cache):
     with pytest.raises(UserError, match=rf"^\S+/{name} cannot be read as a table: .*{words}") as error:
-        table(root, content, name)
+        written(root, content, name)
     assert "\n" not in str(error.value)
     assert index_file.CACHE not in str(error.value)
     assert not [*root.glob("*.index"), *cache.glob("*")]
@@ -418,7 +432,7 @@ def test_a_table_that_cannot_be_read_is_said_in_a_line(name, content, words, roo
 )
 def test_a_table_without_rows_is_refused(content, root):
     with pytest.raises(UserError, match=r"/a\.parquet has no row$|/a\.csv has no row$"):
-        table(root, content, "a.csv" if isinstance(content, str) else "a.parquet")
+        written(root, content, "a.csv" if isinstance(content, str) else "a.parquet")
 
 
 @pytest.mark.parametrize(
@@ -438,12 +452,12 @@ def test_a_table_without_rows_is_refused(content, root):
 )
 def test_without_a_column_of_paths_or_of_captions_those_that_there_are_are_named(content, keys, words, root):
     with pytest.raises(UserError, match=rf"^\S+/a\.\w+ has no column of {words}"):
-        table(root, content, "a.parquet" if isinstance(content, dict) else "a.csv", **keys)
+        written(root, content, "a.parquet" if isinstance(content, dict) else "a.csv", **keys)
 
 
 def test_a_column_of_another_kind_is_no_reason_to_stop_where_another_fits(root):
     columns = {"image": [{"bytes": b"x"}], "path": ["images/0.png"], "title": [5], "text": ["words"]}
-    assert table(root, columns, "a.parquet")[0] == Record(PICTURES["images/0.png"], ("words",), None, "images/0.png")
+    assert written(root, columns, "a.parquet")[0] == Record(PICTURES["images/0.png"], ("words",), None, "images/0.png")
 
 
 def test_a_table_that_is_not_there_is_said(root):
