@@ -186,7 +186,7 @@ def opening(folder: Path) -> float:
 def large(folder: Path) -> Iterator[Row]:
     shards, each = 1000, 10_000
     members = [tar.Member("", tar.BLOCK * (2 * i + 1), 300, i) for i in range(2 * each)]
-    files = [shard_index._Found(member, pixels=(256, 256)) for member in members]
+    files = [shard_index._Found(member) for member in members]
     table = shard_index._table([(b"%09d" % i, files[2 * i : 2 * i + 2]) for i in range(each)], LAION)
     noted = dataclasses.asdict(shard_index.Summary(each, 300 * each, {}))
     for shard in rich.progress.track(range(shards), "writing 10,000,000 rows"):
