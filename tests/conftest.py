@@ -18,8 +18,12 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 def pytest_configure(config: pytest.Config) -> None:
     """Keeps what is compiled, for the processes that tests start and for the next run: most of the time goes there."""
+    folder = config.cache.mkdir("compiled")
+    for program in folder.glob("*-cache"):  # one whose process was killed as it wrote would end all writing
+        if not program.with_name(program.name.removesuffix("-cache") + "-atime").exists():
+            program.unlink(missing_ok=True)
     settings = {
-        "jax_compilation_cache_dir": str(config.cache.mkdir("compiled")),
+        "jax_compilation_cache_dir": str(folder),
         "jax_persistent_cache_min_compile_time_secs": 0.3,
         "jax_compilation_cache_max_size": 2**30,  # bytes; the oldest go
     }
