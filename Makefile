@@ -19,7 +19,7 @@ VENV_TEST := .venv-test
 VENV_LATEST := .venv-latest
 WORKDIR ?= runs/quickstart
 JOBS ?= 2
-PYTEST := -m pytest --numprocesses=$(JOBS) --dist=loadfile
+PYTEST := -m pytest --numprocesses=$(JOBS) --dist=loadfile --no-loadscope-reorder
 DATASET := tfds:captioned_digits:test
 
 # The PyTorch references, for tests only. torch: exactly this one (PyPI's newest brings gigabytes of CUDA); some
@@ -41,7 +41,7 @@ test: $(VENV_TEST)/.ready
 	$(VENV_TEST)/bin/python $(PYTEST) -m "not full"
 
 test-full: $(VENV_TEST)/.ready
-	$(VENV_TEST)/bin/python $(PYTEST)
+	XLA_FLAGS= $(VENV_TEST)/bin/python $(PYTEST)
 
 ifeq ($(PYTHON_LATEST),)
 test-latest:

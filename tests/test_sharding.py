@@ -241,7 +241,9 @@ def test_an_mlp_that_tensor_cannot_split_is_named():
         sharding.check_tensor(odd, sharding.make_mesh(MeshConfig(1, 2, 4)))
 
 
-@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 8, 1), (8, 1, 1), (1, 2, 4)])
+@pytest.mark.parametrize(
+    "sizes", [(2, 2, 2), *[pytest.param(s, marks=pytest.mark.full) for s in ((1, 8, 1), (8, 1, 1), (1, 2, 4))]]
+)
 def test_every_variant_fits_a_mesh_of_8_whose_tensor_axis_divides_its_heads(sizes):
     mesh = sharding.make_mesh(MeshConfig(*sizes))
     for architecture in VARIANTS.values():

@@ -114,6 +114,7 @@ def test_replicated_parameters_have_their_gradients_reduced_once_and_not_in_ever
     assert reduced_in_loops(text) == []
 
 
+@pytest.mark.full
 def test_what_is_looked_for_in_a_compiled_program_is_found_where_the_batch_is_cut_without_care():
     """Neighbours in one part, and the mesh left to the compiler."""
     mesh, definition = mesh_of(8, 1, 1), Definition(VIT)

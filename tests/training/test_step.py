@@ -27,7 +27,7 @@ def batch_of(size: int) -> Batch:
     return Batch(random.integers(0, 256, (size, 16, 16, 3), np.uint8), tokens, np.ones(size, bool))
 
 
-@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 8, 1)])
+@pytest.mark.parametrize("sizes", [(2, 2, 2), pytest.param((1, 8, 1), marks=pytest.mark.full)])
 def test_a_step_leaves_the_state_in_its_places_and_is_compiled_once(sizes):
     definition, optimizer = Definition(ARCHITECTURE), optim.optimizer(CONFIG, 10)
     mesh = sharding.make_mesh(MeshConfig(*sizes))
