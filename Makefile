@@ -3,7 +3,7 @@
 # make test-full    everything, the full-size and long cases too
 # make test-latest  all that needs no PyTorch, on the newest JAX (needs a Python of 3.12 or later)
 # make benchmark    beside OpenAI's own code, the memory of conversions, and the loss in both forms (a few minutes)
-# make benchmark-data  the data path beside OpenCLIP's loader, and what indexes and long runs cost (ten minutes)
+# make benchmark-data  the data path beside OpenCLIP's loader, and what indexes and long runs cost (15 minutes)
 # make plans        what the shipped configs take on their TPU slices, into docs/scaling.md (minutes a config)
 # make lint         ruff
 # make clean        removes what these have set up, and leaves your runs

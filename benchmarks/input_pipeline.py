@@ -3,7 +3,7 @@
     make benchmark-data        or some rows: python benchmarks/input_pipeline.py [decoding] [index] [large] [memory]
 
 Hardware: any CPU, two cores of it; "decoding" needs PyTorch and OpenCLIP (as `make test` installs them).
-Time: about ten minutes on 2 cores, of which "memory" takes five.
+Time: a quarter of an hour on 2 cores, of which "memory" takes seven minutes.
 Shards are webdataset's own, in a temporary folder of 1 GB; whatever is measured has a process of its own, and where
 two are compared they take turns on one core, so that the ratio of their medians is of one run.
 """
