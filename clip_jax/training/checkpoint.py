@@ -1,6 +1,7 @@
 """Checkpoints: parameters, optimiser and the place in the data, saved together and restored together, by Orbax.
 
-Orbax writes in the background, under a temporary name until all is there, and keeps the latest few.
+Orbax writes in the background, under a temporary name until all is there, and keeps the latest few. The last that is
+written before a checkpoint gets its name are the checksums of its files.
 """
 
 import json
@@ -14,10 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from clip_jax.distributed import is_of_another
+from clip_jax import distributed
 from clip_jax.errors import UserError
 from clip_jax.models.clip import Weights
 from clip_jax.sharding import path_of
+from clip_jax.training import checksums
 from clip_jax.training.state import TrainState
 
 # What Orbax warns of whenever OCDBT is not used, or a folder is opened only to be read: both are meant.
@@ -46,9 +48,15 @@ class Checkpoints:
             )
 
         self.folder = folder.absolute()
+        self._saving: int | None = None  # the step
         self._manager = ocp.CheckpointManager(
             self.folder,
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=keep is not None, read_only=keep is None),
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep,
+                create=keep is not None,
+                read_only=keep is None,
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
+            ),
             item_handlers={name: arrays() for name in ("params", "statistics", "optimizer")}
             | {"position": ocp.JsonCheckpointHandler()},
         )
@@ -61,13 +69,59 @@ class Checkpoints:
         """Starts writing the state and its place in the data; returns as soon as the arrays are copied."""
         trees = _some(params=state.params, statistics=state.statistics, optimizer=state.optimizer)
         items = {name: ocp.args.PyTreeSave(tree) for name, tree in trees.items()}
-        self._manager.save(int(state.step), args=ocp.args.Composite(**items, position=ocp.args.JsonSave(position)))
+        self._manager.wait_until_finished()
+        self._saving = int(state.step)
+        self._manager.save(self._saving, args=ocp.args.Composite(**items, position=ocp.args.JsonSave(position)))
 
-    def restore(self, step: int, abstract: TrainState) -> TrainState:
-        """Returns the state of a step, every array in the place that `abstract` gives it.
+    def _write_checksums(self) -> None:
+        """Called by Orbax, in one process, when all files of all processes are written and before they are a step."""
+        [folder] = self.folder.glob(f"{self._saving}.orbax-checkpoint-tmp*")
+        checksums.write(folder)
+
+    def recover(self) -> tuple[int | None, list[str]]:
+        """Returns the last step that is as it was written, and what is to be said of later ones: they are moved aside.
+
+        All processes call it, and share the reading.
 
         Raises:
-            UserError: damaged, or parameters or optimiser are not those expected; lists all that differ.
+            UserError: there are checkpoints, and not one is as it was written; or one cannot be moved.
+        """
+        damaged: dict[int, str] = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            share = jax.process_index(), jax.process_count()
+            found = distributed.gather(checksums.damage(self.folder / str(step), share=share))
+            if not any(found):
+                return step, self._moved_aside(damaged)
+            damaged[step] = next(problem for problem in found if problem)
+        if damaged:
+            said = "; ".join(f"{step}: {problem}" for step, problem in damaged.items())
+            raise UserError(f"all checkpoints in {self.folder} are damaged ({said}); begin anew in another workdir")
+        return None, []
+
+    def _moved_aside(self, damaged: dict[int, str]) -> list[str]:
+        """Takes damaged steps out of the way of those that will be written, and loses nothing of them."""
+        lines = []
+        for step, problem in damaged.items():
+            here, n = self.folder / str(step), 0
+            while (there := self.folder.with_name("damaged") / f"{step}-{n}").exists():
+                n += 1
+            lines.append(f"checkpoint {here} is damaged ({problem}); moved to {there}")
+            if jax.process_index() == 0:
+                try:
+                    there.parent.mkdir(exist_ok=True)
+                    here.rename(there)
+                except OSError as error:
+                    raise UserError(f"checkpoint {here} is damaged ({problem}), and {there}: {error}") from error
+        if damaged:
+            distributed.gather("moved")
+            self._manager.reload()
+        return lines
+
+    def restore(self, step: int, abstract: TrainState) -> TrainState:
+        """Returns the state of a step that `recover` gave, every array in the place that `abstract` gives it.
+
+        Raises:
+            UserError: damaged all the same, or parameters or optimiser are not those expected; lists all that differ.
         """
         restored = self._restore(
             step, params=abstract.params, statistics=abstract.statistics, optimizer=abstract.optimizer
@@ -80,6 +134,8 @@ class Checkpoints:
         Raises:
             UserError: damaged, or the weights are not those expected; lists all that differ.
         """
+        if problem := checksums.damage(self.folder / str(step), ("params", "statistics")):
+            raise self._damaged(step, problem)
         return Weights(**self._restore(step, params=abstract.params, statistics=abstract.statistics))
 
     def _restore(self, step: int, **trees: Any) -> dict[str, Any]:
@@ -100,10 +156,14 @@ class Checkpoints:
     def _unreadable(self, step: int, error: Exception) -> Exception:
         """Returns what is to be said of a step that could not be read: it is damaged, unless another process has died
         meanwhile."""
-        if is_of_another(error):
+        if distributed.is_of_another(error):
             return error
-        said = str(error).split("\n")[0] or type(error).__name__
-        return UserError(f"checkpoint {self.folder}/{step} is damaged ({said}); remove it to go on from the one before")
+        return self._damaged(step, str(error).split("\n")[0] or type(error).__name__)
+
+    def _damaged(self, step: int, problem: str) -> UserError:
+        return UserError(
+            f"checkpoint {self.folder}/{step} is damaged ({problem}); remove it to go on from the one before"
+        )
 
     def position(self, step: int) -> dict[str, Any]:
         """Returns the place in the data that was saved with a step."""

@@ -13,6 +13,7 @@ from clip_jax.config import MeshConfig, ModelConfig, OptimConfig
 from clip_jax.errors import UserError
 from clip_jax.models.clip import Definition
 from clip_jax.models.variants import architecture
+from clip_jax.training import checksums
 from clip_jax.training.checkpoint import Checkpoints
 from clip_jax.training.state import abstract_state, initial_state
 
@@ -117,3 +118,22 @@ def test_parameters_are_created_in_their_places_and_are_the_same_on_any_mesh():
     whole = initial_state(definition, optimizer, abstract, seed=0)
     # The same draws; what is computed from them may round differently in another partitioning.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=3e-7, atol=1e-7), sharded.params, whole.params)
+
+
+# --- storage that gives back other bytes than it was given ---
+
+
+def test_any_flipped_bit_is_found(saved, tmp_path):
+    folder = shutil.copytree(saved[0], tmp_path / "copy") / "7"
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name not in checksums.OF_THE_COMMIT]
+    random = np.random.default_rng(0)
+    assert checksums.damage(folder) is None
+    for path in files:
+        content = path.read_bytes()
+        bit = int(random.integers(8 * len(content)))
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        assert checksums.damage(folder), f"bit {bit} of {path}"
+        path.write_bytes(content)
+    assert checksums.damage(folder) is None

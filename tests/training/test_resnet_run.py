@@ -82,5 +82,5 @@ def test_every_statistic_has_moved_and_counts_the_steps(runs):
 def test_a_checkpoint_without_its_statistics_is_refused_by_name(runs, tmp_path):
     shutil.copytree(runs / "whole", tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "4" / "statistics" / "image.stem1.norm.mean")
-    with pytest.raises(UserError, match="missing image/stem1/norm/mean"):
+    with pytest.raises(UserError, match=r"image.stem1.norm.mean/.zarray is missing"):
         clip_jax.load(tmp_path / "run")
