@@ -4,6 +4,7 @@ WORKDIR/config.json           the whole run ("config"), and what its weights mea
 WORKDIR/tokenizer.json        the tokenizer, where it is not CLIP's own
 WORKDIR/metrics.jsonl         one JSON object a logged step
 WORKDIR/checkpoints/<step>/   Orbax
+WORKDIR/damaged/              checkpoints that were not as they were written, when the run was started again
 WORKDIR/eval/<step>/*.json    results, and the pictures beside them
 WORKDIR/tensorboard/          the scalars of metrics.jsonl
 """

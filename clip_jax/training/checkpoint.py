@@ -48,7 +48,7 @@ class Checkpoints:
             )
 
         self.folder = folder.absolute()
-        self._saving: int | None = None  # the step
+        self._saving: int | None = None  # the step, for Orbax does not say
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
@@ -69,7 +69,7 @@ class Checkpoints:
         """Starts writing the state and its place in the data; returns as soon as the arrays are copied."""
         trees = _some(params=state.params, statistics=state.statistics, optimizer=state.optimizer)
         items = {name: ocp.args.PyTreeSave(tree) for name, tree in trees.items()}
-        self._manager.wait_until_finished()
+        self._manager.wait_until_finished()  # of the step that was saved before, its checksums too
         self._saving = int(state.step)
         self._manager.save(self._saving, args=ocp.args.Composite(**items, position=ocp.args.JsonSave(position)))
 
@@ -78,47 +78,55 @@ class Checkpoints:
         [folder] = self.folder.glob(f"{self._saving}.orbax-checkpoint-tmp*")
         checksums.write(folder)
 
-    def recover(self) -> tuple[int | None, list[str]]:
-        """Returns the last step that is as it was written, and what is to be said of later ones: they are moved aside.
+    def last_whole(self) -> tuple[int | None, dict[int, str]]:
+        """Returns the last step that is as it was written, and later ones with what is wrong with them.
 
         All processes call it, and share the reading.
 
         Raises:
-            UserError: there are checkpoints, and not one is as it was written; or one cannot be moved.
+            UserError: there are checkpoints, and not one is as it was written.
         """
         damaged: dict[int, str] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
             share = jax.process_index(), jax.process_count()
             found = distributed.gather(checksums.damage(self.folder / str(step), share=share))
             if not any(found):
-                return step, self._moved_aside(damaged)
+                return step, damaged
             damaged[step] = next(problem for problem in found if problem)
         if damaged:
             said = "; ".join(f"{step}: {problem}" for step, problem in damaged.items())
             raise UserError(f"all checkpoints in {self.folder} are damaged ({said}); begin anew in another workdir")
-        return None, []
+        return None, {}
 
-    def _moved_aside(self, damaged: dict[int, str]) -> list[str]:
-        """Takes damaged steps out of the way of those that will be written, and loses nothing of them."""
-        lines = []
-        for step, problem in damaged.items():
-            here, n = self.folder / str(step), 0
-            while (there := self.folder.with_name("damaged") / f"{step}-{n}").exists():
-                n += 1
-            lines.append(f"checkpoint {here} is damaged ({problem}); moved to {there}")
-            if jax.process_index() == 0:
+    def set_aside(self, damaged: dict[int, str]) -> list[str]:
+        """Takes what `last_whole` found damaged out of the way of the steps that will be written; returns what to say.
+
+        All processes call it, and the first moves them: nothing is deleted.
+
+        Raises:
+            UserError: one cannot be moved.
+        """
+        lines, refused = [], None
+        if jax.process_index() == 0:
+            for step, problem in damaged.items():
+                here, n = self.folder / str(step), 0
+                while (there := self.folder.with_name("damaged") / f"{step}-{n}").exists():
+                    n += 1
+                lines.append(f"checkpoint {here} is damaged ({problem}); moved to {there}")
                 try:
                     there.parent.mkdir(exist_ok=True)
                     here.rename(there)
                 except OSError as error:
-                    raise UserError(f"checkpoint {here} is damaged ({problem}), and {there}: {error}") from error
+                    refused = f"checkpoint {here} is damaged ({problem}) and cannot be moved to {there}: {error}"
+                    break
         if damaged:
-            distributed.gather("moved")
+            if refused := distributed.gather(refused)[0]:
+                raise UserError(refused)
             self._manager.reload()
         return lines
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:
-        """Returns the state of a step that `recover` gave, every array in the place that `abstract` gives it.
+        """Returns the state of a step that `last_whole` gave, every array in the place that `abstract` gives it.
 
         Raises:
             UserError: damaged all the same, or parameters or optimiser are not those expected; lists all that differ.

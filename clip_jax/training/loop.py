@@ -41,10 +41,11 @@ def train(config: Config, workdir: Path, *, devices: list[jax.Device] | None = N
     if is_first and not folder.is_claimed():
         folder.claim(config, arch, tokenizer)
     with Checkpoints(folder.checkpoints, keep=config.keep_checkpoints) as checkpoints:
-        latest, damaged = checkpoints.recover()
+        latest, damaged = checkpoints.last_whole()
         if start := latest or 0:
             _check_data(checkpoints.position(start), _position(config, source, start), config)
         state = checkpoints.restore(start, program.state) if start else program.initial_state()
+        set_aside = checkpoints.set_aside(damaged)
         if is_first:
             folder.claim(config, arch)  # with what may change: the mesh, cadences, where the data lies
 
@@ -56,7 +57,7 @@ def train(config: Config, workdir: Path, *, devices: list[jax.Device] | None = N
             _feed(program, tokenizer, source, start) as feed,
             StepClock(config.data.global_batch) as clock,
         ):
-            for line in (*_introduction(program, source, start), *damaged):
+            for line in (*_introduction(program, source, start), *set_aside):
                 progress.say(line)
             limit = BadLimit(config.data.bad_limit, seen=start * config.data.global_batch)
             for step in range(start + 1, config.total_steps + 1):

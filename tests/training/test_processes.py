@@ -1,6 +1,7 @@
 """A run of two processes: one folder, and no process outlives another by a minute."""
 
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -119,6 +120,19 @@ def test_processes_with_other_configs_are_all_refused_and_nothing_is_written(dat
         assert code == 2, said
         assert "do not agree on the config (process 0 and 1)" in said
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.full
+def test_what_either_process_finds_damaged_both_pass_over(whole, data_dir, tmp_path):
+    workdir = shutil.copytree(whole, tmp_path / "run")
+    arrays = sorted((workdir / "checkpoints" / str(STEPS) / "params").glob("*/0*"))
+    for array in arrays[:2]:  # neighbours: each process reads one of them
+        array.write_bytes(array.read_bytes()[:-1])
+    ends = finish(run(workdir, data_dir))
+    assert [code for code, *_ in ends] == [0, 0], ends
+    assert f"resumed at step {STEPS - EVERY}" in ends[0][2]
+    assert f"moved to {workdir}/damaged/{STEPS}-0" in ends[0][2]
+    assert losses(workdir) == losses(whole)
 
 
 @pytest.mark.full

@@ -105,6 +105,16 @@ def test_two_damaged_ones_are_passed_over_and_of_all_damaged_ones_the_run_says_s
     assert sorted(workdir.rglob("*")) == before
 
 
+def test_where_a_damaged_one_cannot_be_moved_the_run_is_refused_and_as_it_was(run, data_dir, tmp_path):
+    workdir = shutil.copytree(run, tmp_path / "run")
+    flip_a_bit(workdir / "checkpoints" / "6")
+    (workdir / "damaged").write_text("no folder")
+    before = sorted(workdir.rglob("*"))
+    with pytest.raises(UserError, match=r"6 is damaged \(.*\) and cannot be moved to .*/damaged/6-0: "):
+        train(config(data_dir), workdir, devices=jax.devices()[:1])
+    assert sorted(workdir.rglob("*")) == before
+
+
 def test_who_only_reads_a_damaged_checkpoint_is_told_so(run, tmp_path):
     workdir = shutil.copytree(run, tmp_path / "run")
     flip_a_bit(workdir / "checkpoints" / "6")  # of the optimiser: nothing that is read
