@@ -11,8 +11,9 @@ import sys
 import types
 import typing
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
+from clip_jax import durations
 from clip_jax.errors import UserError, nearest
 
 COMPUTE_DTYPES = ("float32", "bfloat16")
@@ -132,7 +133,7 @@ class OptimConfig(Checked):
     """AdamW with linear warm-up and cosine decay to zero; the defaults are the CLIP paper's ViT's (tables 18, 20)."""
 
     learning_rate: float = 5e-4  # at the end of the warm-up
-    warmup_steps: int = 2000
+    warmup: str = "2000 steps"  # or examples, or epochs
     weight_decay: float = 0.2  # decoupled; on what the table in clip_jax/optim.py says
     b1: float = 0.9
     b2: float = 0.98
@@ -141,7 +142,7 @@ class OptimConfig(Checked):
 
     def check(self) -> None:
         _require(self.learning_rate > 0, f"optim.learning_rate={self.learning_rate} must be positive")
-        _require(self.warmup_steps >= 0, f"optim.warmup_steps={self.warmup_steps} must not be negative")
+        durations.parse(self.warmup, "optim.warmup")
         _require(self.weight_decay >= 0, f"optim.weight_decay={self.weight_decay} must not be negative")
         _require(0 <= self.b1 < 1 and 0 <= self.b2 < 1, f"optim.b1={self.b1} and optim.b2={self.b2} must be in [0, 1)")
         _require(self.eps > 0, f"optim.eps={self.eps} must be positive")
@@ -178,21 +179,44 @@ class Config(Checked):
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     microbatch: int | None = None  # pairs, over all devices, whose activations are held at once; None: global_batch
     seed: int = 0  # of the parameters, the order of the data and its augmentation
-    total_steps: int = 10_000
+    duration: str = "10_000 steps"  # or "400M examples", "32 epochs"
     log_every: int = 10  # steps
     checkpoint_every: int = 1000  # steps; the last step is always kept
     keep_checkpoints: int = 2  # the latest n stay
 
     def check(self) -> None:
         _require(0 <= self.seed < 2**32, f"seed={self.seed} must be in [0, 2**32)")
-        for name in ("total_steps", "log_every", "checkpoint_every", "keep_checkpoints"):
+        for name in ("log_every", "checkpoint_every", "keep_checkpoints"):
             _require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be at least 1")
         _require(self.microbatch is None or self.microbatch > 0, f"microbatch={self.microbatch} must be at least 1")
+        if not any(durations.parse(text, "")[1] == "epoch" for text in (self.duration, self.optim.warmup)):
+            self.steps(None)
+
+    def steps(self, records: int | None) -> "Steps":
+        """Returns how long the run is on so many records.
+
+        Raises:
+            UserError: a duration that is none, or a warm-up that leaves nothing of the run.
+        """
+        lengths = {
+            name: durations.steps(text, name, global_batch=self.data.global_batch, records=records)
+            for name, text in {"duration": self.duration, "optim.warmup": self.optim.warmup}.items()
+        }
+        total, warmup = lengths.values()
+        _require(total > 0, f"duration={self.duration!r} must be one step at least")
         _require(
-            self.optim.warmup_steps < self.total_steps,
-            f"optim.warmup_steps={self.optim.warmup_steps} leaves nothing of total_steps={self.total_steps}; "
-            "shorten the warm-up or lengthen the run",
+            warmup < total,
+            f"optim.warmup={self.optim.warmup!r} ({warmup:,} steps) leaves nothing of duration={self.duration!r} "
+            f"({total:,} steps); shorten the warm-up or lengthen the run",
         )
+        return Steps(total, warmup)
+
+
+class Steps(NamedTuple):
+    """How long a run is."""
+
+    total: int
+    warmup: int
 
 
 # What may differ when a run is resumed: nothing here changes what is computed, only where, and what is said of it.

@@ -3,7 +3,7 @@
 import jax
 import optax
 
-from clip_jax.config import OptimConfig
+from clip_jax.config import OptimConfig, Steps
 
 # The last word of a parameter's path says what it is. By name and never by `ndim`: in stacked blocks the scale of a
 # layer norm is a matrix.
@@ -22,9 +22,9 @@ DECAYED = {
 }
 
 
-def schedule(config: OptimConfig, total_steps: int) -> optax.Schedule:
+def schedule(config: OptimConfig, steps: Steps) -> optax.Schedule:
     """Returns the learning rate by step: linear from 0 over the warm-up, then a cosine that ends at 0."""
-    return optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, config.warmup_steps, total_steps)
+    return optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, steps.warmup, steps.total)
 
 
 def decay_mask(params: dict) -> dict:
@@ -32,10 +32,10 @@ def decay_mask(params: dict) -> dict:
     return jax.tree_util.tree_map_with_path(lambda path, _: DECAYED[path[-1].key], params)
 
 
-def optimizer(config: OptimConfig, total_steps: int) -> optax.GradientTransformation:
+def optimizer(config: OptimConfig, steps: Steps) -> optax.GradientTransformation:
     """Returns AdamW as the config describes it."""
     adamw = optax.adamw(
-        schedule(config, total_steps),
+        schedule(config, steps),
         b1=config.b1,
         b2=config.b2,
         eps=config.eps,

@@ -17,9 +17,9 @@ def get_config() -> Config:
     return Config(
         model=ModelConfig(variant="RN50", compute_dtype="bfloat16"),
         data=DataConfig(train=None, global_batch=1024),
-        optim=OptimConfig(learning_rate=1e-3, warmup_steps=10_000, weight_decay=0.1, b2=0.999, eps=1e-8),
+        optim=OptimConfig(learning_rate=1e-3, warmup="10_000 steps", weight_decay=0.1, b2=0.999, eps=1e-8),
         mesh=MeshConfig(data=8),
-        total_steps=343_750,
+        duration="343_750 steps",
         log_every=100,
         checkpoint_every=2500,
     )

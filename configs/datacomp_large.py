@@ -18,9 +18,9 @@ def get_config() -> Config:
         # OpenCLIP's name: GELU. OpenAI's ViT-B/16 is the same with QuickGELU.
         model=ModelConfig(variant="ViT-B-16", compute_dtype="bfloat16", remat="attention"),
         data=DataConfig(train=None, global_batch=8192),
-        optim=OptimConfig(learning_rate=5e-4, warmup_steps=500, weight_decay=0.2),
+        optim=OptimConfig(learning_rate=5e-4, warmup="500 steps", weight_decay=0.2),
         mesh=MeshConfig(data=64),
-        total_steps=156_250,
+        duration="156_250 steps",
         log_every=50,
         checkpoint_every=1000,
     )

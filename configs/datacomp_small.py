@@ -18,9 +18,9 @@ def get_config() -> Config:
         # OpenCLIP's name: GELU. OpenAI's ViT-B/32 is the same with QuickGELU.
         model=ModelConfig(variant="ViT-B-32", compute_dtype="bfloat16", remat="attention"),
         data=DataConfig(train=None, global_batch=4096),
-        optim=OptimConfig(learning_rate=5e-4, warmup_steps=500, weight_decay=0.2),
+        optim=OptimConfig(learning_rate=5e-4, warmup="500 steps", weight_decay=0.2),
         mesh=MeshConfig(data=8),
-        total_steps=3_125,
+        duration="3_125 steps",
         log_every=50,
         checkpoint_every=1000,
     )

@@ -18,9 +18,9 @@ def get_config() -> Config:
     return Config(
         model=ModelConfig(variant="ViT-bigG-14", compute_dtype="bfloat16", remat="attention", patch_dropout=0.5),
         data=DataConfig(train=None, global_batch=163_840),
-        optim=OptimConfig(learning_rate=2e-3, warmup_steps=13_000, weight_decay=0.2, b2=0.95),
+        optim=OptimConfig(learning_rate=2e-3, warmup="13_000 steps", weight_decay=0.2, b2=0.95),
         mesh=MeshConfig(data=16, fsdp=32),
-        total_steps=207_520,
+        duration="207_520 steps",
         log_every=100,
         checkpoint_every=200,
     )

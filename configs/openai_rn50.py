@@ -18,9 +18,9 @@ def get_config() -> Config:
     return Config(
         model=ModelConfig(variant="RN50", compute_dtype="bfloat16"),
         data=DataConfig(train=None, global_batch=32_768),
-        optim=OptimConfig(learning_rate=5e-4, warmup_steps=2000, weight_decay=0.2, b2=0.999, eps=1e-8),
+        optim=OptimConfig(learning_rate=5e-4, warmup="2000 steps", weight_decay=0.2, b2=0.999, eps=1e-8),
         mesh=MeshConfig(data=256),
-        total_steps=390_625,
+        duration="390_625 steps",
         log_every=100,
         checkpoint_every=2000,
     )

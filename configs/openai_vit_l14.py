@@ -18,9 +18,9 @@ def get_config() -> Config:
     return Config(
         model=ModelConfig(variant="ViT-L/14", compute_dtype="bfloat16", remat="attention"),
         data=DataConfig(train=None, global_batch=32_768),
-        optim=OptimConfig(learning_rate=4e-4, warmup_steps=2000, weight_decay=0.2),
+        optim=OptimConfig(learning_rate=4e-4, warmup="2000 steps", weight_decay=0.2),
         mesh=MeshConfig(data=16, fsdp=16),
-        total_steps=390_625,
+        duration="390_625 steps",
         log_every=100,
         checkpoint_every=500,
     )

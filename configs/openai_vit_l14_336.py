@@ -20,9 +20,9 @@ def get_config() -> Config:
     return Config(
         model=ModelConfig(variant="ViT-L/14@336px", compute_dtype="bfloat16", remat="attention"),
         data=DataConfig(train=None, global_batch=32_768),
-        optim=OptimConfig(learning_rate=2e-5, warmup_steps=2000, weight_decay=0.2),
+        optim=OptimConfig(learning_rate=2e-5, warmup="2000 steps", weight_decay=0.2),
         mesh=MeshConfig(data=16, fsdp=16),
-        total_steps=12_207,
+        duration="12_207 steps",
         log_every=100,
         checkpoint_every=200,
     )

@@ -14,8 +14,8 @@ def get_config() -> Config:
     return Config(
         model=ModelConfig(variant="ViT-W64/4@16px"),
         data=DataConfig(train="tfds:captioned_digits:train", global_batch=128, crop_scale=(0.5, 1.0)),
-        optim=OptimConfig(learning_rate=2e-3, warmup_steps=100, weight_decay=0.1, clip_norm=1.0),
-        total_steps=700,
+        optim=OptimConfig(learning_rate=2e-3, warmup="100 steps", weight_decay=0.1, clip_norm=1.0),
+        duration="700 steps",
         log_every=20,
         checkpoint_every=350,
     )

@@ -18,8 +18,8 @@ def get_config() -> Config:
             global_batch=128,
             crop_scale=(1.0, 1.0),  # a crop would change the place and the size that the caption tells
         ),
-        optim=OptimConfig(learning_rate=1.5e-3, warmup_steps=100, weight_decay=0.1, clip_norm=1.0),
-        total_steps=1500,
+        optim=OptimConfig(learning_rate=1.5e-3, warmup="100 steps", weight_decay=0.1, clip_norm=1.0),
+        duration="1500 steps",
         log_every=20,
         checkpoint_every=500,
     )

@@ -18,9 +18,9 @@ def get_config() -> Config:
     return Config(
         model=ModelConfig(variant="ViT-B-16-SigLIP", compute_dtype="bfloat16", remat="attention"),
         data=DataConfig(train=None, global_batch=32_768),
-        optim=OptimConfig(learning_rate=1e-3, warmup_steps=20_000, weight_decay=1e-4, b2=0.95, clip_norm=1.0),
+        optim=OptimConfig(learning_rate=1e-3, warmup="20_000 steps", weight_decay=1e-4, b2=0.95, clip_norm=1.0),
         mesh=MeshConfig(data=8, fsdp=8),
-        total_steps=1_220_703,
+        duration="1_220_703 steps",
         log_every=100,
         checkpoint_every=300,
     )

@@ -62,8 +62,8 @@ def workdir(data_dir, tmp_path_factory) -> Path:
     config = Config(
         model=ModelConfig(variant="ViT-W64/4@16px"),
         data=DataConfig(data_dir=str(data_dir), global_batch=16),
-        optim=OptimConfig(warmup_steps=1),
-        total_steps=2,
+        optim=OptimConfig(warmup="1 step"),
+        duration="2 steps",
     )
     train(config, path, devices=jax.devices()[:1])
     return path

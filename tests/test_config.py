@@ -18,7 +18,7 @@ from clip_jax.workdir import Workdir
 CONFIG_FILES = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 
 
-LONG = Config(total_steps=10_000)
+LONG = Config(duration="10_000 steps")
 
 
 def with_value(path: str, value) -> dict:
@@ -60,9 +60,10 @@ def test_build_puts_right_what_json_blurs_and_nothing_else():
 @pytest.mark.parametrize(
     ("path", "value", "expected"),
     [
-        ("total_steps", 1e3, "int"),
-        ("total_steps", "10", "int"),
-        ("total_steps", True, "int"),
+        ("log_every", 1e3, "int"),
+        ("log_every", "10", "int"),
+        ("log_every", True, "int"),
+        ("duration", 10, "str"),
         ("optim.b1", "0.9", "float"),
         ("optim.b1", False, "float"),
         ("optim.b1", None, "float"),
@@ -148,7 +149,7 @@ def test_a_config_json_that_is_not_ours_is_refused_by_its_path(text, tmp_path):
         ("data.num_workers", -1, "negative"),
         ("optim.learning_rate", 0.0, "positive"),
         ("optim.learning_rate", float("nan"), "positive"),
-        ("optim.warmup_steps", -1, "negative"),
+        ("optim.warmup", "-1", "no duration: write it as '5000 steps'"),
         ("optim.weight_decay", -0.1, "negative"),
         ("optim.b1", 1.0, r"\[0, 1\)"),
         ("optim.b2", -0.5, r"\[0, 1\)"),
@@ -160,7 +161,8 @@ def test_a_config_json_that_is_not_ours_is_refused_by_its_path(text, tmp_path):
         ("mesh.tensor", -1, "only one"),
         ("seed", -1, "seed"),
         ("seed", 2**32, "seed"),
-        ("total_steps", 0, "at least 1"),
+        ("duration", "0 steps", "one step at least"),
+        ("duration", "3 weeks", "no duration"),
         ("log_every", 0, "at least 1"),
         ("checkpoint_every", -5, "at least 1"),
         ("keep_checkpoints", 0, "at least 1"),
@@ -174,8 +176,8 @@ def test_a_value_that_breaks_a_rule_is_refused_with_field_value_and_rule(path, v
 
 
 def test_a_warm_up_as_long_as_the_run_is_refused_with_the_next_move():
-    values = with_value("total_steps", 2000)
-    with pytest.raises(UserError, match=r"warmup_steps=2000.*total_steps=2000.*shorten the warm-up"):
+    values = with_value("duration", "2000 steps")
+    with pytest.raises(UserError, match=r"warmup='2000 steps'.*duration='2000 steps'.*shorten the warm-up"):
         c.build(Config, values)
 
 
@@ -191,7 +193,7 @@ def test_rules_hold_again_when_fields_were_set_past_them():
 
 
 def test_leaves_are_all_fields_by_their_dotted_path():
-    found = {path: (hint, value) for path, hint, value in c.leaves(Config(seed=3, total_steps=10_000))}
+    found = {path: (hint, value) for path, hint, value in c.leaves(Config(seed=3, duration="10_000 steps"))}
     assert found["seed"] == (int, 3)
     assert found["model.image_size"] == (int | None, None)
     assert found["mesh.fsdp"] == (int, 1)
@@ -200,7 +202,7 @@ def test_leaves_are_all_fields_by_their_dotted_path():
 
 
 def test_differences_name_what_a_resumed_run_may_not_change():
-    now = Config(seed=1, optim=OptimConfig(learning_rate=1e-3), total_steps=10_000)
+    now = Config(seed=1, optim=OptimConfig(learning_rate=1e-3), duration="10_000 steps")
     assert c.differences(LONG, now) == ["optim.learning_rate: 0.0005 -> 0.001", "seed: 0 -> 1"]
     assert c.differences(now, now) == []
 

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from clip_jax import optim
-from clip_jax.config import OptimConfig
+from clip_jax.config import OptimConfig, Steps
 from clip_jax.models.clip import Definition
 from clip_jax.models.variants import VARIANTS
 from clip_jax.sharding import path_of
@@ -15,7 +15,12 @@ from clip_jax.sharding import path_of
 
 @pytest.mark.parametrize("warmup", [0, 1, 10])
 def test_the_learning_rate_is_zero_then_linear_then_a_cosine_to_zero(warmup):
-    schedule = optim.schedule(OptimConfig(learning_rate=2e-3, warmup_steps=warmup), 110)
+    schedule = optim.schedule(
+        OptimConfig(
+            learning_rate=2e-3,
+        ),
+        Steps(110, warmup),
+    )
     steps = np.arange(111)
     cosine = 1e-3 * (1 + np.cos(np.pi * (steps - warmup) / (110 - warmup)))
     expected = np.where(steps < warmup, 2e-3 * steps / max(warmup, 1), cosine)
@@ -72,8 +77,8 @@ def adamw(config: OptimConfig, rates: list[float]) -> dict:
 
 @pytest.mark.parametrize("clip_norm", [None, 0.5])
 def test_three_steps_are_adamws(clip_norm):
-    config = OptimConfig(learning_rate=0.1, warmup_steps=2, weight_decay=0.3, b1=0.8, b2=0.9, clip_norm=clip_norm)
-    optimizer = optim.optimizer(config, total_steps=4)
+    config = OptimConfig(learning_rate=0.1, warmup="2 steps", weight_decay=0.3, b1=0.8, b2=0.9, clip_norm=clip_norm)
+    optimizer = optim.optimizer(config, Steps(4, 2))
     params = jax.tree.map(jnp.float32, PARAMS)
     state = optimizer.init(params)
     for step in (1, 2, 3):

@@ -145,7 +145,7 @@ def training_pairs(
         source=source,
         order=Order.of(source, config.seed),
         first=start * data.global_batch,
-        last=config.total_steps * data.global_batch,
+        last=config.steps(len(source)).total * data.global_batch,
         global_batch=data.global_batch,
         rows=rows,
         image_size=arch.image.image_size,

@@ -28,12 +28,12 @@ def train(config: Config, workdir: Path, *, devices: list[jax.Device] | None = N
             has then written nothing, an old one is as it was.
     """
     # 1. What is computed, and where. Everything that can be wrong is found before anything is written.
-    program = assemble(config, devices)
-    arch = program.architecture
+    source = open_training_source(config.data)
+    program = assemble(config, devices, records=len(source))
+    arch, last_step = program.architecture, program.steps.total
     folder = Workdir(workdir)
     folder.check(config, arch)
     tokenizer = folder.tokenizer_for(config.model, arch)
-    source = open_training_source(config.data)
     distributed.agree(_facts(program, tokenizer, source, folder))
 
     # 2. The folder, and in it the state: new, or as it was left.
@@ -53,20 +53,20 @@ def train(config: Config, workdir: Path, *, devices: list[jax.Device] | None = N
         # the device is never waited for in between.
         with (
             MetricsLog(folder if is_first else None, resumed_at=start) as log,
-            Progress(config.total_steps, done=start, quiet=not is_first) as progress,
+            Progress(last_step, done=start, quiet=not is_first) as progress,
             _feed(program, tokenizer, source, start) as feed,
             StepClock(config.data.global_batch) as clock,
         ):
             for line in (*_introduction(program, source, start), *set_aside):
                 progress.say(line)
             limit = BadLimit(config.data.bad_limit, seen=start * config.data.global_batch)
-            for step in range(start + 1, config.total_steps + 1):
+            for step in range(start + 1, last_step + 1):
                 with clock.waiting_for_data():
                     batch = next(feed)
                 state, metrics = program.train_step(state, batch)
                 clock.dispatched(metrics["loss"])
                 progress.advance(step)
-                if step == 1 or every(config.log_every, step, config.total_steps):
+                if step == 1 or every(config.log_every, step, last_step):
                     scalars = {name: value.item() for name, value in jax.device_get(metrics).items()} | clock.lap()
                     scalars["data_wait"], bad = feed.report(scalars["data_wait"], progress.say)
                     log.write(step, scalars, bad)
@@ -74,11 +74,11 @@ def train(config: Config, workdir: Path, *, devices: list[jax.Device] | None = N
                     if too_many := limit.passed(step * config.data.global_batch, bad):
                         checkpoints.save(state, _position(config, source, step))  # of what was trained so far
                         raise UserError(too_many)
-                if every(config.checkpoint_every, step, config.total_steps):
+                if every(config.checkpoint_every, step, last_step):
                     checkpoints.save(state, _position(config, source, step))
             if bad := log.bad():
                 progress.say(f"left out {in_words(bad)}")
-            progress.say(f"trained to step {config.total_steps}; the run is in {workdir}")
+            progress.say(f"trained to step {last_step}; the run is in {workdir}")
 
 
 def _check_data(saved: dict[str, Any], current: dict[str, Any], config: Config) -> None:

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from clip_jax import losses, optim, sharding
 from clip_jax.architecture import Architecture, ViTTower
-from clip_jax.config import Config, ModelConfig
+from clip_jax.config import Config, ModelConfig, Steps
 from clip_jax.errors import UserError
 from clip_jax.models.attention import refused_by_cudnn
 from clip_jax.models.clip import Definition
@@ -30,6 +30,7 @@ class Program:
     """A config, put together for the devices of a mesh; arrays are shapes with their places."""
 
     config: Config
+    steps: Steps
     architecture: Architecture
     definition: Definition
     mesh: Mesh
@@ -62,12 +63,13 @@ class Program:
         return lines
 
 
-def assemble(config: Config, devices: list[jax.Device] | None = None) -> Program:
-    """Returns the program of a config on all devices (or those given); computes nothing.
+def assemble(config: Config, devices: list[jax.Device] | None = None, *, records: int | None = None) -> Program:
+    """Returns the program of a config on all devices (or those given), for data of so many records; computes nothing.
 
     Raises:
         UserError: what the config asks for does not fit together, or not on these devices.
     """
+    steps = config.steps(records)
     arch = architecture(config.model)
     mesh = sharding.make_mesh(config.mesh, devices)
     sharding.check_batch(config.data.global_batch, mesh)
@@ -77,12 +79,12 @@ def assemble(config: Config, devices: list[jax.Device] | None = None) -> Program
     implementation, note = attention_for(config.model, arch, asked)
     model = config.model
     definition = Definition(arch, Compute(model.compute_dtype, model.remat, implementation, model.patch_dropout))
-    optimizer = optim.optimizer(config.optim, config.total_steps)
+    optimizer = optim.optimizer(config.optim, steps)
     state = abstract_state(definition, optimizer, mesh)
     train_step = make_train_step(
         definition,
         optimizer,
-        optim.schedule(config.optim, config.total_steps),
+        optim.schedule(config.optim, steps),
         state,
         seed=config.seed,
         ring=ring,
@@ -90,7 +92,7 @@ def assemble(config: Config, devices: list[jax.Device] | None = None) -> Program
     )
     batch = abstract_batch(arch, config.data.global_batch, mesh)
     attention = implementation + note
-    return Program(config, arch, definition, mesh, optimizer, attention, ring, parts, state, batch, train_step)
+    return Program(config, steps, arch, definition, mesh, optimizer, attention, ring, parts, state, batch, train_step)
 
 
 def attention_for(model: ModelConfig, arch: Architecture, device: jax.Device) -> tuple[str, str]:

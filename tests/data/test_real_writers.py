@@ -96,8 +96,8 @@ def trained(spec: str, workdir: Path, **data) -> list[dict]:
     config = Config(
         model=ModelConfig(variant="ViT-W64/4@16px"),
         data=DataConfig(train=spec, global_batch=16, **data),
-        optim=OptimConfig(learning_rate=1e-3, warmup_steps=2),
-        total_steps=6,
+        optim=OptimConfig(learning_rate=1e-3, warmup="2 steps"),
+        duration="6 steps",
         log_every=1,
     )
     train(config, workdir, devices=jax.devices()[:1])

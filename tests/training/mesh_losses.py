@@ -16,7 +16,7 @@ import numpy as np
 
 from clip_jax import distributed, losses, optim, sharding
 from clip_jax.architecture import Architecture, ResNetTower, TextTower, ViTTower
-from clip_jax.config import LossConfig, MeshConfig, OptimConfig
+from clip_jax.config import LossConfig, MeshConfig, OptimConfig, Steps
 from clip_jax.models.clip import LOGIT_SCALE_INIT, Definition
 from clip_jax.models.transformer import Compute
 from clip_jax.training.state import TrainState, abstract_state
@@ -74,8 +74,9 @@ def losses_of(case: Case) -> tuple[list[float], list[int]]:
     arch = Architecture(embed_dim=16, image=TOWERS[case.tower], text=TEXT)
     devices = jax.devices()[:1] if case.sizes is None else None
     mesh = sharding.make_mesh(MeshConfig(*(case.sizes or (1, 1, 1))), devices)
-    config = OptimConfig(learning_rate=1e-3, warmup_steps=2)
-    optimizer, schedule = optim.optimizer(config, case.steps), optim.schedule(config, case.steps)
+    config = OptimConfig(learning_rate=1e-3, warmup="2 steps")
+    steps = Steps(case.steps, 2)
+    optimizer, schedule = optim.optimizer(config, steps), optim.schedule(config, steps)
     definition = Definition(arch, Compute(dtype=case.dtype))
     abstract = abstract_state(definition, optimizer, mesh)
     ring = losses.ring_for(LossConfig(form=case.form), mesh, sharding.BATCH_AXES, GLOBAL_BATCH)

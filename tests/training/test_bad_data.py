@@ -57,8 +57,8 @@ def config_of(spec: str, *, steps_between: int = 1000, **data) -> Config:
     return Config(
         model=ModelConfig(variant="ViT-W64/4@16px"),
         data=DataConfig(**({"train": spec, "global_batch": 16} | data)),
-        optim=OptimConfig(learning_rate=1e-3, warmup_steps=2),
-        total_steps=6,
+        optim=OptimConfig(learning_rate=1e-3, warmup="2 steps"),
+        duration="6 steps",
         log_every=2,
         checkpoint_every=steps_between,
     )
@@ -411,7 +411,7 @@ def test_storage_that_does_not_answer_at_once_is_asked_again(tmp_path, monkeypat
 def test_a_worker_that_is_killed_ends_the_run_with_words(tmp_path):
     folder = shards.write_several(tmp_path / "data", shards=2, records=50)
     config = config_of(f"wds:{folder}", num_workers=1)
-    config = dataclasses.replace(config, total_steps=1_000_000)
+    config = dataclasses.replace(config, duration="1_000_000 steps")
 
     def kill() -> None:
         for _ in range(600):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from clip_jax import optim, sharding
-from clip_jax.config import MeshConfig, ModelConfig, OptimConfig
+from clip_jax.config import MeshConfig, ModelConfig, OptimConfig, Steps
 from clip_jax.errors import UserError
 from clip_jax.models.clip import Definition
 from clip_jax.models.variants import architecture
@@ -17,12 +17,12 @@ from clip_jax.training import checksums
 from clip_jax.training.checkpoint import Checkpoints
 from clip_jax.training.state import abstract_state, initial_state
 
-CONFIG = OptimConfig(warmup_steps=1)
+CONFIG = OptimConfig(warmup="1 step")
 
 
 def state_on(mesh_sizes: tuple[int, int, int], devices: int, **model):
     definition = Definition(architecture(ModelConfig(variant="ViT-W64/4@16px", **model)))
-    optimizer = optim.optimizer(CONFIG, 10)
+    optimizer = optim.optimizer(CONFIG, Steps(10, 1))
     mesh = sharding.make_mesh(MeshConfig(*mesh_sizes), jax.devices()[:devices])
     abstract = abstract_state(definition, optimizer, mesh)
     return definition, optimizer, abstract

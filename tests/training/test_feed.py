@@ -28,7 +28,7 @@ def config(tmp_path_factory) -> Config:
     folder = shards.write_several(tmp_path_factory.mktemp("shards"), shards=2, records=20)
     data = DataConfig(train=f"wds:{folder}", global_batch=8)
     model = ModelConfig(variant="ViT-W64/4@16px")
-    return Config(model, data, total_steps=STEPS, optim=dataclasses.replace(Config().optim, warmup_steps=1))
+    return Config(model, data, duration=f"{STEPS} steps", optim=dataclasses.replace(Config().optim, warmup="1 step"))
 
 
 @pytest.fixture(scope="module")

@@ -24,8 +24,8 @@ def small_config(data_dir: Path, **changes) -> Config:
     return Config(
         model=ModelConfig(variant="ViT-W64/4@16px"),
         data=DataConfig(train="tfds:captioned_digits:train", data_dir=str(data_dir), global_batch=32),
-        optim=OptimConfig(learning_rate=1e-3, warmup_steps=2),
-        **({"total_steps": 20, "log_every": 1, "checkpoint_every": 100} | changes),
+        optim=OptimConfig(learning_rate=1e-3, warmup="2 steps"),
+        **({"duration": "20 steps", "log_every": 1, "checkpoint_every": 100} | changes),
     )
 
 
@@ -64,10 +64,10 @@ def test_metrics_hold_what_was_promised_and_the_loss_falls(on_one_device):
 def start(workdir: Path, data_dir: Path) -> subprocess.Popen:
     """Starts a run of 12 steps with checkpoints at 4, 8 and 12, as a user would."""
     fields = {
-        "total_steps": 12,
+        "duration": 12,
         "log_every": 1,
         "checkpoint_every": 4,
-        "optim.warmup_steps": 2,
+        "optim.warmup": 2,
         "data.global_batch": 16,
         "data.data_dir": data_dir,
     }
@@ -114,7 +114,7 @@ def test_a_finished_run_started_again_changes_nothing(on_one_device, data_dir):
 
 
 def test_the_sigmoid_loss_trains_a_bias_in_either_form_and_on_the_batch_whole_or_in_parts(data_dir, tmp_path):
-    config = small_config(data_dir, total_steps=6)
+    config = small_config(data_dir, duration="6 steps")
     config.model.logit_bias, config.model.patch_dropout = True, 0.5
     config.data.global_batch = 16
     train(config, tmp_path / "dense", devices=jax.devices()[:1])

@@ -24,10 +24,10 @@ STEPS, EVERY = 60, 20
 def run(workdir: Path, data_dir: Path, *own: list[str]) -> list[subprocess.Popen]:
     """Starts `train.py` twice, on two devices each, as a user would; `own` are arguments of one process alone."""
     fields = {
-        "total_steps": STEPS,
+        "duration": STEPS,
         "log_every": 1,
         "checkpoint_every": EVERY,
-        "optim.warmup_steps": 2,
+        "optim.warmup": 2,
         "data.global_batch": 16,
         "data.data_dir": data_dir,
         "mesh.fsdp": 2,
@@ -153,7 +153,7 @@ def test_what_each_process_cannot_read_is_counted_together_and_too_much_of_it_st
     bad = [(f"{n:08}", shards.files(n, jpg=image[: len(image) // 2])) for n, image in images.items()]
     folder = shards.write_several(tmp_path / "data", shards=1, records=50)
     shards.write(folder / "00001.tar", bad)
-    fields = [f"--config.data.train=wds:{folder}", "--config.total_steps=6", "--config.log_every=2"]
+    fields = [f"--config.data.train=wds:{folder}", "--config.duration=6", "--config.log_every=2"]
     ends = finish(run(tmp_path / "run", tmp_path, fields, fields))
     assert [code for code, *_ in ends] == [0, 0], ends
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")

@@ -18,8 +18,8 @@ def config(data_dir) -> Config:
     return Config(
         model=ModelConfig(variant="ViT-W64/4@16px"),
         data=DataConfig(data_dir=str(data_dir), global_batch=16),
-        optim=OptimConfig(warmup_steps=1),
-        total_steps=6,
+        optim=OptimConfig(warmup="1 step"),
+        duration="6 steps",
         log_every=1,
         checkpoint_every=2,
         keep_checkpoints=3,

@@ -30,8 +30,8 @@ def runs(data_dir, tmp_path_factory):
     config = Config(
         model=ModelConfig(variant="RN-small"),
         data=DataConfig(data_dir=str(data_dir), global_batch=16),
-        optim=OptimConfig(warmup_steps=1),
-        total_steps=4,
+        optim=OptimConfig(warmup="1 step"),
+        duration="4 steps",
         log_every=1,
         checkpoint_every=2,
     )

@@ -39,12 +39,12 @@ def file(tmp_path) -> Path:
     return path
 
 
-def config(data_dir: Path, file: Path | None, *, variant: str = "small", total_steps: int = 1) -> Config:
+def config(data_dir: Path, file: Path | None, *, variant: str = "small", duration: str = "1 step") -> Config:
     return Config(
         model=ModelConfig(variant, tokenizer=None if file is None else str(file)),
         data=DataConfig(data_dir=str(data_dir), global_batch=4),
-        optim=OptimConfig(warmup_steps=0),
-        total_steps=total_steps,
+        optim=OptimConfig(warmup="0 steps"),
+        duration=duration,
     )
 
 
