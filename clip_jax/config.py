@@ -182,12 +182,18 @@ class Config(Checked):
     duration: str = "10_000 steps"  # or "400M examples", "32 epochs"
     log_every: int = 10  # steps
     checkpoint_every: int = 1000  # steps; the last step is always kept
+    checkpoint_minutes: float | None = None  # or when so many have gone by, looked at when something is logged
     keep_checkpoints: int = 2  # the latest n stay
+    keep_every: int | None = None  # steps; the checkpoints of its multiples stay for ever
+    skip_limit: int = 20  # updates in a row that may be skipped, because something was not finite; then the run stops
 
     def check(self) -> None:
         _require(0 <= self.seed < 2**32, f"seed={self.seed} must be in [0, 2**32)")
-        for name in ("log_every", "checkpoint_every", "keep_checkpoints"):
+        for name in ("log_every", "checkpoint_every", "keep_checkpoints", "skip_limit"):
             _require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("checkpoint_minutes", "keep_every"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, f"{name}={value} must be positive, or None")
         _require(self.microbatch is None or self.microbatch > 0, f"microbatch={self.microbatch} must be at least 1")
         if not any(durations.parse(text, "")[1] == "epoch" for text in (self.duration, self.optim.warmup)):
             self.steps(None)
@@ -226,7 +232,10 @@ FREE_ON_RESUME = (
     "microbatch",  # but not a ResNet's: batch norm sees each part by itself
     "log_every",
     "checkpoint_every",
+    "checkpoint_minutes",
     "keep_checkpoints",
+    "keep_every",
+    "skip_limit",
     "data.train",  # where it lies; what it holds may not, unless the next says so
     "data.accept_changes",
     "data.bad_limit",

@@ -18,7 +18,7 @@ from clip_jax.models.clip import Definition, Params, Weights
 class TrainState:
     """Plain nested dicts: what `jax.jit` passes at least cost. Of arrays, or of whatever else is said of each array."""
 
-    step: Any  # int32 []: updates done
+    step: Any  # int32 []: batches seen
     params: Params
     statistics: Params  # of batch norm; empty without
     optimizer: Any  # what Optax keeps

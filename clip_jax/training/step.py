@@ -1,5 +1,6 @@
 """One update: pixels and tokens in, a new state and its metrics out. Pure; compiled once."""
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -47,7 +48,8 @@ def make_train_step(
 
     It takes the old state's memory, and leaves the new one in the places that `abstract` gives: left to itself the
     compiler would move small arrays, and the second step would be another program than the first. `ring` is the loss's
-    form; the towers go over the batch in `parts`.
+    form; the towers go over the batch in `parts`. Where the loss or a gradient is not finite (`finite` in the metrics),
+    everything stays as it was but the step, which counts batches.
     """
 
     def loss_of(
@@ -70,8 +72,12 @@ def make_train_step(
         (_, (metrics, statistics)), gradients = differentiate(state.params, state.statistics, batch, state.step)
         updates, moments = optimizer.update(gradients, state.optimizer, state.params)
         params = constrain(optax.apply_updates(state.params, updates))
-        metrics |= {"gradient_norm": optax.tree.norm(gradients), "learning_rate": schedule(state.step)}
-        return TrainState(state.step + 1, params, statistics, moments), metrics
+        norm = optax.tree.norm(gradients)
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)  # the norm is not, where any gradient is not
+        metrics |= {"gradient_norm": norm, "learning_rate": schedule(state.step), "finite": finite}
+        updated = TrainState(state.step, params, statistics, moments)
+        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
+        return dataclasses.replace(kept, step=state.step + 1), metrics
 
     places = jax.tree.map(lambda x: x.sharding, abstract)
     everywhere = places.step
