@@ -28,6 +28,8 @@ from clip_jax.training.state import TrainState
 # What Orbax warns of whenever OCDBT is not used, or a folder is opened only to be read: both are meant.
 _MEANT = ("Skipping merge of OCDBT", "CheckpointManagerOptions.read_only=True", "Given directory is read only")
 logging.getLogger("absl").addFilter(lambda record: not any(words in record.getMessage() for words in _MEANT))
+# Nor its tracebacks, of errors that it raises, too, and we tell.
+logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
 
 # Devices that hold the same array write a slice each, and every slice is a program to compile: 14 s at the first save
 # of the smallest model on 8 devices. Where a slice would be smaller than this, in bytes, one of them writes it all.

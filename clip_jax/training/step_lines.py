@@ -5,27 +5,34 @@ import math
 from pathlib import Path
 from typing import Any
 
-from clip_jax.files import write_text
+from clip_jax.files import writable, write_text
 
 
 class StepLines:
     """Appends lines to a file."""
 
     def __init__(self, path: Path, *, resumed_at: int):
-        """Opens the file, and drops the lines after a step: the run goes on from there and will write them again."""
+        """Opens the file, and drops the lines after a step: the run goes on from there and will write them again.
+
+        Raises:
+            UserError: it cannot be written; so does `write`.
+        """
+        self.path = path
         if path.exists():
             kept = [line for line in read_lines(path) if line["step"] <= resumed_at]
             write_text(path, "".join(map(_text, kept)))
-        self.path = path
-        self._file = path.open("a", encoding="utf-8")
+        with writable(path):
+            self._file = path.open("a", encoding="utf-8")
 
     def write(self, line: dict[str, Any]) -> None:
         """Writes a line, at once: a killed run keeps what it logged. A number that is not finite is null."""
-        self._file.write(_text(line))
-        self._file.flush()
+        with writable(self.path):
+            self._file.write(_text(line))
+            self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        with writable(self.path):
+            self._file.close()
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
