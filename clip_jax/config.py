@@ -208,7 +208,7 @@ class OptimConfig(Checked):
                 f"optim.factors: {part!r} is no factor: write 'image/.*=0.1', with ';' between several",
             )
             pattern, factor = _pattern(pattern, "optim.factors"), float(number)
-            _require(factor > 0, f"optim.factors: {part!r} must be positive; what is not to move belongs in optim.frozen")
+            _require(factor > 0, f"optim.factors: {part!r} must be positive; name what is not to move in optim.frozen")
             _require(pattern not in found, f"optim.factors: {pattern!r} is there twice")
             found[pattern] = factor
         return found

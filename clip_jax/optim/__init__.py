@@ -44,7 +44,7 @@ class Optimizer:
         """Returns how many numbers are trained; `params` may be shapes."""
         # The numbers of a parameter, or of a block of it, as often as there are factors which are not 0.
         shares = [(x.size // self.factors[path].size, self.factors[path]) for path, x in flatten(params).items()]
-        return sum(numbers * np.count_nonzero(factor) for numbers, factor in shares)
+        return sum(numbers * int(np.count_nonzero(factor)) for numbers, factor in shares)
 
     def init(self, trained: Params) -> Any:
         """Returns what Optax keeps of the trained parameters from step to step."""

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from clip_jax.config import OptimConfig
-from clip_jax.optim.parameters import Matrix, Params, by_path, kind_of
+from clip_jax.optim.parameters import NO_MATRIX, Matrix, Params, by_path, kind_of
 
 Transforms = list[optax.GradientTransformation]
 
@@ -29,9 +29,11 @@ def _adafactor(config: OptimConfig) -> Transforms:
 
 
 def _muon(config: OptimConfig) -> Transforms:
-    muon = optax.contrib.scale_by_muon(beta=config.b1, weight_dimension_numbers=lambda tree: by_path(_numbers, tree))
+    orthogonal = optax.contrib.scale_by_muon(
+        beta=config.b1, weight_dimension_numbers=lambda tree: by_path(_numbers, tree)
+    )
     ways = {
-        "muon": optax.chain(muon, optax.stateless(lambda updates, _: by_path(_as_large_as_adams, updates))),
+        "muon": optax.chain(orthogonal, optax.stateless(lambda tree, _: by_path(_as_large_as_adams, tree))),
         "adam": optax.scale_by_adam(config.b1, config.b2, config.eps),
     }
     return [optax.partition(ways, lambda params: by_path(_way, params))]
@@ -58,7 +60,7 @@ def _as_large_as_adams(path: str, direction: jax.Array) -> jax.Array:
 
 
 class AdafactorState(NamedTuple):
-    """What Adafactor keeps; the trees are those of the parameters, with a 1 for each dimension that is averaged over."""
+    """What Adafactor keeps; trees are those of the parameters, with a 1 for each dimension that is averaged over."""
 
     count: jax.Array  # int32 []
     rows: Params  # mean squares of the gradient over a matrix's outputs
@@ -105,6 +107,6 @@ def _columns(path: str, x: jax.Array) -> jax.Array:
 
 
 def _factored(path: str, x: jax.Array) -> Matrix:
-    """Returns as which matrices a parameter counts; those with a side under 32 as none, as in big_vision."""
+    """Returns as which matrices a parameter counts; with a side under 32 as none, as in big_vision."""
     matrix = kind_of(path).matrix
-    return matrix if min(matrix.sizes(x.shape)) >= 32 else Matrix()
+    return matrix if min(matrix.sizes(x.shape)) >= 32 else NO_MATRIX

@@ -29,20 +29,22 @@ class Matrix(NamedTuple):
         return tuple(int(np.prod([shape[dim] for dim in dims])) for dims in self)
 
 
+NO_MATRIX = Matrix()
+LINEAR = Matrix((-2,), (-1,))
+TO_HEADS = Matrix((-3,), (-2, -1))
+FROM_HEADS = Matrix((-3, -2), (-1,))
+CONVOLUTION = Matrix((-4, -3, -2), (-1,))
+
+
 @dataclasses.dataclass(frozen=True)
 class Kind:
     """Parameters whose whole path matches `pattern`."""
 
     pattern: str
     decays: bool
-    matrix: Matrix = Matrix()  # without inputs and outputs: it is none
+    matrix: Matrix = NO_MATRIX
     hidden: bool = False  # from hidden states to hidden states: Muon's
 
-
-LINEAR = Matrix((-2,), (-1,))
-TO_HEADS = Matrix((-3,), (-2, -1))
-FROM_HEADS = Matrix((-3, -2), (-1,))
-CONVOLUTION = Matrix((-4, -3, -2), (-1,))
 
 # The first that matches a path holds. In front of these dimensions there may be that of a stack.
 KINDS = (

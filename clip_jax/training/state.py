@@ -68,9 +68,7 @@ def _moment_specs(moments: Any, params: Params, specs: Params) -> Any:
     return jax.tree_util.tree_map_with_path(spec, moments)
 
 
-def initial_state(
-    definition: Definition, optimizer: optim.Optimizer, abstract: TrainState, seed: int
-) -> TrainState:
+def initial_state(definition: Definition, optimizer: optim.Optimizer, abstract: TrainState, seed: int) -> TrainState:
     """Returns a new state; every array is computed in pieces where it will live, and whole nowhere."""
 
     def init(key: jax.Array) -> TrainState:

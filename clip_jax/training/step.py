@@ -19,8 +19,8 @@ Metrics = dict[str, jax.Array]
 def make_encode(definition: Definition, dropout: jax.Array | None = None, *, image_is_fixed: bool = False) -> Encode:
     """Returns the function (weights, batch, rows, their place) → (normalised embeddings, new statistics).
 
-    `dropout` is the key of all that is random in a step; a pair's own is that and its row in the global batch. The batch
-    norm of an image tower that is fixed goes by its statistics, and leaves them as they are.
+    `dropout` is the key of all that is random in a step; a pair's own is that and its row in the global batch. Batch
+    norm in an image tower that is fixed goes by its statistics, and leaves them as they are.
     """
 
     def encode(weights: Weights, batch: Batch, rows_B: jax.Array, placed: NamedSharding) -> tuple[Embeddings, Params]:
