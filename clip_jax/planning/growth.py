@@ -87,8 +87,8 @@ def compile_loss(place: Topology, batch: int, embed_dim: int, loss: str, form: s
 
     def value(img_BE, txt_BE, scale, bias, valid_B):
         if loss == "softmax":
-            return losses.softmax(img_BE, txt_BE, scale=scale, valid_B=valid_B, ring=ring)
-        return losses.sigmoid(img_BE, txt_BE, scale=scale, bias=bias, valid_B=valid_B, ring=ring)
+            return losses.softmax(img_BE, txt_BE, scale=scale, valid_B=valid_B, ring=ring).loss
+        return losses.sigmoid(img_BE, txt_BE, scale=scale, bias=bias, valid_B=valid_B, ring=ring).loss
 
     embeddings = shape(batch, embed_dim)
     differentiate = jax.jit(jax.value_and_grad(value, argnums=(0, 1, 2, 3)))
