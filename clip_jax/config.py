@@ -6,6 +6,7 @@ The same function reads the `config.json` of a workdir; a field that an older on
 """
 
 import dataclasses
+import re
 import reprlib
 import sys
 import types
@@ -183,12 +184,17 @@ class Config(Checked):
     log_every: int = 10  # steps
     checkpoint_every: int = 1000  # steps; the last step is always kept
     keep_checkpoints: int = 2  # the latest n stay
+    wandb: str | None = None  # the project of Weights & Biases to which the metrics go, too; None: not used
 
     def check(self) -> None:
         _require(0 <= self.seed < 2**32, f"seed={self.seed} must be in [0, 2**32)")
         for name in ("log_every", "checkpoint_every", "keep_checkpoints"):
             _require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be at least 1")
         _require(self.microbatch is None or self.microbatch > 0, f"microbatch={self.microbatch} must be at least 1")
+        _require(
+            self.wandb is None or re.fullmatch(r"[^/\\#?%:]{1,128}", self.wandb) is not None,
+            f"wandb={self.wandb!r} must be the name of a project: 128 letters at most, and none of / \\ # ? % :",
+        )
         if not any(durations.parse(text, "")[1] == "epoch" for text in (self.duration, self.optim.warmup)):
             self.steps(None)
 
@@ -227,6 +233,7 @@ FREE_ON_RESUME = (
     "log_every",
     "checkpoint_every",
     "keep_checkpoints",
+    "wandb",
     "data.train",  # where it lies; what it holds may not, unless the next says so
     "data.accept_changes",
     "data.bad_limit",

@@ -11,9 +11,9 @@ from typing import Any
 
 from absl import flags
 
-from clip_jax import command
+from clip_jax import command, flops
 from clip_jax.errors import UserError
-from clip_jax.planning import flops, topology
+from clip_jax.planning import topology
 from clip_jax.planning.topology import Topology
 
 GENERATION = flags.DEFINE_string("generation", "v5p", "of TPU: v4, v5e, v5p, v6e")
@@ -156,7 +156,7 @@ def main() -> None:
         for place in places:
             with progress.status(f"compiling the loss of {batch:,} pairs for {place.name}"):
                 grown = measure(place, batch, towers.embed_dim, LOSS.value, FORM.value)
-            towers_flops = batch // place.chips * flops.of_pair(towers).training
+            towers_flops = batch // place.chips * flops.of_pair(towers).training()
             print(row(grown, towers_flops / (TOWERS_MFU.value * place.generation.peak)), flush=True)
 
 

@@ -33,6 +33,13 @@ def make_encode(definition: Definition, dropout: jax.Array | None = None) -> Enc
     return encode
 
 
+def norms(of: str, tree: Params) -> Metrics:
+    """Returns the L2 norms of gradients or parameters: of all, and by tower; none of a tower that has none here."""
+    squares = {part: optax.tree.norm(leaves, squared=True) for part, leaves in tree.items() if jax.tree.leaves(leaves)}
+    towers = {f"{of}_norm_{part}": jnp.sqrt(square) for part, square in squares.items() if part in ("image", "text")}
+    return {f"{of}_norm": jnp.sqrt(sum(squares.values()))} | towers
+
+
 def make_train_step(
     definition: Definition,
     optimizer: optax.GradientTransformation,
@@ -59,18 +66,21 @@ def make_train_step(
         model = definition.bind(Weights(params, statistics))
         known = {"scale": model.scale(), "valid_B": batch.valid, "ring": ring}
         if model.logit_bias is None:
-            loss = losses.softmax(img_BE, txt_BE, **known)
+            contrast = losses.softmax(img_BE, txt_BE, **known)
         else:
-            loss = losses.sigmoid(img_BE, txt_BE, bias=model.bias(), **known)
-        metrics = {"loss": loss, "logit_scale": model.scale(), "valid": batch.valid.sum()}
-        return loss, (metrics, statistics)
+            contrast = losses.sigmoid(img_BE, txt_BE, bias=model.bias(), **known)
+        metrics = contrast._asdict() | {"logit_scale": model.scale(), "valid": batch.valid.sum()}
+        if model.logit_bias is not None:
+            metrics["logit_bias"] = model.bias()
+        return contrast.loss, (metrics, statistics)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         differentiate = jax.value_and_grad(loss_of, has_aux=True)
         (_, (metrics, statistics)), gradients = differentiate(state.params, state.statistics, batch, state.step)
         updates, moments = optimizer.update(gradients, state.optimizer, state.params)
         params = constrain(optax.apply_updates(state.params, updates))
-        metrics |= {"gradient_norm": optax.tree.norm(gradients), "learning_rate": schedule(state.step)}
+        metrics |= norms("gradient", gradients) | norms("parameter", state.params)
+        metrics["learning_rate"] = schedule(state.step)
         return TrainState(state.step + 1, params, statistics, moments), metrics
 
     places = jax.tree.map(lambda x: x.sharding, abstract)
