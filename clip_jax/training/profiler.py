@@ -1,5 +1,6 @@
 """A window of steps under JAX's profiler: what devices and host did in them, kernel by kernel."""
 
+import importlib.util
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -21,8 +22,15 @@ def window(text: str, *, done: int, total: int) -> Window:
     """Returns the window "FIRST:LAST" of a run that has `total` steps, of which some are done.
 
     Raises:
-        UserError: it is none, or the run will not see it.
+        UserError: it is none, the run will not see it, or the profiler would kill the run.
     """
+    platform = jax.default_backend()
+    if platform != "tpu" and not jax.config.jax_platforms and importlib.util.find_spec("libtpu"):
+        # It is loaded, finds no TPU, and stays: the profiler calls it, and where it is newer than jaxlib, crashes.
+        only = "cuda,cpu" if platform == "gpu" else platform
+        raise UserError(
+            f"--profile: libtpu is installed here, and there is no TPU; set JAX_PLATFORMS={only} to leave it out"
+        )
     made = re.fullmatch(r"([0-9]{1,12}):([0-9]{1,12})", text)
     if not made:
         raise UserError(f"--profile={text} should be the first and the last step to look at, as in --profile=20:22")

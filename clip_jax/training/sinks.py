@@ -9,7 +9,6 @@ import secrets
 import sys
 from collections.abc import Iterator
 from types import ModuleType
-from typing import Protocol
 
 import jax
 
@@ -19,32 +18,10 @@ from clip_jax.files import read_text, write_text
 from clip_jax.workdir import Workdir
 
 
-class Sink(Protocol):
-    """One of those places."""
-
-    said: str | None  # what a run says of it when it begins
-
-    def write(self, step: int, scalars: dict[str, float]) -> None:
-        """Takes the scalars of a step; a run that goes on may bring a step again."""
-
-    def close(self, *, failed: bool) -> None:
-        """Sends what is not sent yet."""
-
-
-def sinks(workdir: Workdir, config: Config, *, resumed_at: int) -> list[Sink]:
-    """Returns the places of a run, open.
-
-    Raises:
-        UserError: Weights & Biases refuses.
-    """
-    board = TensorBoard(workdir, resumed_at=resumed_at)
-    return [board] if config.wandb is None else [board, WeightsAndBiases(workdir, config)]
-
-
 class TensorBoard:
     """WORKDIR/tensorboard."""
 
-    said = None
+    said = None  # when a run begins
 
     def __init__(self, workdir: Workdir, *, resumed_at: int):
         self._board = _tensorboard().SummaryWriter(str(workdir.tensorboard), purge_step=resumed_at + 1)
@@ -115,12 +92,10 @@ class WeightsAndBiases:
                 settings=wandb.Settings(console="off", silent=True),  # the screen is ours
             )
         self._run.define_metric("*", step_metric="step")
-        if self._run.settings.mode == "online":
-            self.said = f"Weights & Biases: {self._run.url}"
-        else:
-            self.said = (
-                f"Weights & Biases: {self._run.settings.mode}; `wandb sync {self._run.settings.sync_dir}` sends it"
-            )
+        settings = self._run.settings
+        where = self._run.url if settings.mode == "online" else settings.mode
+        later = f"; `wandb sync {settings.sync_dir}` sends it" if settings.mode == "offline" else ""
+        self.said = f"Weights & Biases: {where}{later}"
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         self._run.log({"step": step, **scalars})
@@ -141,3 +116,16 @@ def _refusals(config: Config) -> Iterator[None]:
             f"wandb={config.wandb!r}: {' '.join(str(error).split())} With WANDB_MODE=offline in the environment the "
             "run is kept in the workdir, to be sent later; with wandb=none it goes on without"
         ) from error
+
+
+Sink = TensorBoard | WeightsAndBiases
+
+
+def sinks(workdir: Workdir, config: Config, *, resumed_at: int) -> list[Sink]:
+    """Returns where a run's scalars go.
+
+    Raises:
+        UserError: Weights & Biases refuses.
+    """
+    board = TensorBoard(workdir, resumed_at=resumed_at)
+    return [board] if config.wandb is None else [board, WeightsAndBiases(workdir, config)]
