@@ -260,6 +260,7 @@ class Config(Checked):
     keep_checkpoints: int = 2  # the latest n stay
     keep_every: int | None = None  # steps; the checkpoints of its multiples stay for ever
     skip_limit: int = 20  # updates in a row that may be skipped, because something was not finite; then the run stops
+    wandb: str | None = None  # the project of Weights & Biases to which the metrics go, too; None: not used
 
     def check(self) -> None:
         _require(0 <= self.seed < 2**32, f"seed={self.seed} must be in [0, 2**32)")
@@ -269,6 +270,10 @@ class Config(Checked):
             value = getattr(self, name)
             _require(value is None or value > 0, f"{name}={value} must be positive, or None")
         _require(self.microbatch is None or self.microbatch > 0, f"microbatch={self.microbatch} must be at least 1")
+        _require(
+            self.wandb is None or re.fullmatch(r"[^/\\#?%:]{1,128}", self.wandb) is not None,
+            f"wandb={self.wandb!r} must be the name of a project: 128 letters at most, and none of / \\ # ? % :",
+        )
         lengths = (self.duration, self.optim.warmup, self.optim.cooldown)
         if not any(durations.parse(text, "")[1] == "epoch" for text in lengths):
             self.steps(None)
@@ -319,6 +324,7 @@ FREE_ON_RESUME = (
     "keep_checkpoints",
     "keep_every",
     "skip_limit",
+    "wandb",
     "data.train",  # where it lies; what it holds may not, unless the next says so
     "data.accept_changes",
     "data.bad_limit",

@@ -8,6 +8,9 @@ WORKDIR/checkpoints/<step>/   Orbax
 WORKDIR/damaged/              checkpoints that were not as they were written, when the run was started again
 WORKDIR/eval/<step>/*.json    results, and the pictures beside them
 WORKDIR/tensorboard/          the scalars of metrics.jsonl
+WORKDIR/wandb/                Weights & Biases' files, and the run's id there
+WORKDIR/profile/              traces of --profile
+WORKDIR/curves.png            the curves that `python -m clip_jax.training.report` draws
 """
 
 import dataclasses
@@ -51,6 +54,23 @@ class Workdir:
     @property
     def tensorboard(self) -> Path:
         return self.path / "tensorboard"
+
+    @property
+    def wandb_id(self) -> Path:
+        return self.path / "wandb" / "id"
+
+    @property
+    def profile(self) -> Path:
+        return self.path / "profile"
+
+    @property
+    def curves(self) -> Path:
+        return self.path / "curves.png"
+
+    def evaluations(self) -> dict[int, list[Path]]:
+        """Returns the files of results, by step."""
+        folders = [path for path in self.path.glob("eval/*") if path.name.isdecimal()]
+        return {int(path.name): sorted(path.glob("*.json")) for path in sorted(folders, key=lambda p: int(p.name))}
 
     def evaluation(self, step: int) -> Path:
         return self.path / "eval" / str(step)

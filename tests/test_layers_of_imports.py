@@ -20,6 +20,7 @@ LAYERS = (
     (
         "clip_jax.models",
         "clip_jax.losses",
+        "clip_jax.flops",
         "clip_jax.optim",
         "clip_jax.sharding",
         "clip_jax.distributed",
@@ -30,7 +31,7 @@ LAYERS = (
     ("clip_jax.weights", "clip_jax.workdir", "clip_jax.data.pipeline"),
     ("clip_jax.training", "clip_jax.evaluation"),
     ("clip_jax.pretrained", "clip_jax.command", "clip_jax.supervisor"),
-    ("clip_jax.api", "clip_jax.planning", "clip_jax.data.doctor", "clip_jax.data.__main__"),
+    ("clip_jax.api", "clip_jax.planning", "clip_jax.data.doctor", "clip_jax.data.__main__", "clip_jax.training.report"),
     ("clip_jax",),  # the public surface
     ("train", "eval", "convert_weights", "examples", "configs"),
 )

@@ -18,16 +18,25 @@ from clip_jax.training.checkpoint import Checkpoints, Keep, changed_data
 from clip_jax.training.feed import Bad, BadLimit, Feed, in_words
 from clip_jax.training.incidents import Incidents
 from clip_jax.training.metrics import MetricsLog, Progress, StepClock
+from clip_jax.training.profiler import Profiler, window
 from clip_jax.training.program import Program, assemble
+from clip_jax.training.sinks import check_wandb
+from clip_jax.training.usage import Usage
 from clip_jax.workdir import Workdir
 
 
 def train(
-    config: Config, workdir: Path, *, devices: list[jax.Device] | None = None, preempted: Preempted = never
+    config: Config,
+    workdir: Path,
+    *,
+    devices: list[jax.Device] | None = None,
+    preempted: Preempted = never,
+    profile: str | None = None,
 ) -> None:
     """Trains as the config says, into `workdir`; resumes from its latest checkpoint when there is one.
 
-    When `preempted`, asked after every step, says so, it saves and returns.
+    When `preempted`, asked after every step, says so, it saves and returns. `profile` is a window of steps,
+    "FIRST:LAST", of which a trace is written.
 
     Raises:
         UserError: anything about the config, the folder, the checkpoint or the data that the user can mend; a new run
@@ -40,6 +49,8 @@ def train(
     folder = Workdir(workdir)
     folder.check(config, arch)
     tokenizer = folder.tokenizer_for(config.model, arch)
+    traced = window(profile, done=folder.latest_step() or 0, total=last_step) if profile else None
+    check_wandb(config)
     distributed.agree(_facts(program, tokenizer, source, folder))
 
     # 2. The folder, and in it the state: new, or as it was left.
@@ -61,27 +72,32 @@ def train(
         # 3. The data, from the example where the run is; and step by step. Metrics are read only when they are logged:
         # the device is never waited for in between.
         with (
-            MetricsLog(folder if is_first else None, resumed_at=start) as log,
+            MetricsLog(folder if is_first else None, config, resumed_at=start) as log,
             Progress(last_step, done=start, quiet=not is_first) as progress,
             _feed(program, tokenizer, source, start, unlogged.get("bad_records")) as feed,
             Incidents(
                 folder.incidents_file if is_first else None, feed.records, config.skip_limit, unlogged.get("incidents")
             ) as incidents,
             StepClock(config.data.global_batch) as clock,
+            Profiler(traced if is_first else None, folder.profile, progress.say) as profiler,
         ):
-            for line in (*_introduction(program, source, start), *set_aside):
+            usage = Usage.of(program)
+            for line in (*_introduction(program, source, start), usage.described(), *log.described(), *set_aside):
                 progress.say(line)
             limit = BadLimit(config.data.bad_limit, seen=start * config.data.global_batch)
             for step in range(start + 1, last_step + 1):
+                profiler.begins(step)
                 with clock.waiting_for_data():
                     batch = next(feed)
                 state, metrics = program.train_step(state, batch)
                 clock.dispatched(metrics["loss"])
                 incidents.dispatched(step, metrics["loss"], metrics.pop("finite"))
+                profiler.dispatched(step, metrics["loss"])
                 progress.advance(step)
                 problem = None
                 if logs := step == 1 or every(config.log_every, step, last_step):
                     scalars = {name: value.item() for name, value in jax.device_get(metrics).items()} | clock.lap()
+                    scalars |= usage.scalars(scalars["pairs_per_second"])
                     scalars["data_wait"], bad = feed.report(scalars["data_wait"], progress.say)
                     incidents.read(progress.say)
                     log.write(step, scalars | {"skipped": incidents.skipped}, bad)

@@ -35,6 +35,13 @@ def make_encode(definition: Definition, dropout: jax.Array | None = None, *, ima
     return encode
 
 
+def norms(of: str, tree: Params) -> Metrics:
+    """Returns the L2 norms of gradients or parameters: of all, and by tower; none of a tower that has none here."""
+    squares = {part: optax.tree.norm(leaves, squared=True) for part, leaves in tree.items() if jax.tree.leaves(leaves)}
+    towers = {f"{of}_norm_{part}": jnp.sqrt(square) for part, square in squares.items() if part in ("image", "text")}
+    return {f"{of}_norm": jnp.sqrt(sum(squares.values()))} | towers
+
+
 def make_train_step(
     definition: Definition,
     optimizer: optim.Optimizer,
@@ -64,19 +71,22 @@ def make_train_step(
         model = definition.bind(Weights(params, statistics))
         known = {"scale": model.scale(), "valid_B": batch.valid, "ring": ring}
         if model.logit_bias is None:
-            loss = losses.softmax(img_BE, txt_BE, **known)
+            contrast = losses.softmax(img_BE, txt_BE, **known)
         else:
-            loss = losses.sigmoid(img_BE, txt_BE, bias=model.bias(), **known)
-        metrics = {"loss": loss, "logit_scale": model.scale(), "valid": batch.valid.sum()}
-        return loss, (metrics, statistics)
+            contrast = losses.sigmoid(img_BE, txt_BE, bias=model.bias(), **known)
+        metrics = contrast._asdict() | {"logit_scale": model.scale(), "valid": batch.valid.sum()}
+        if model.logit_bias is not None:
+            metrics["logit_bias"] = model.bias()
+        return contrast.loss, (metrics, statistics)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         trained, fixed = optimizer.split(state.params)
         differentiate = jax.value_and_grad(loss_of, has_aux=True)
         (_, (metrics, statistics)), gradients = differentiate(trained, fixed, state.statistics, batch, state.step)
-        norm = optax.tree.norm(optimizer.of_trained(gradients))
-        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)  # the norm is not, where any gradient is not
-        metrics |= {"gradient_norm": norm, "learning_rate": optimizer.schedule(state.step), "finite": finite}
+        metrics |= norms("gradient", optimizer.of_trained(gradients)) | norms("parameter", state.params)
+        metrics["learning_rate"] = optimizer.schedule(state.step)
+        # The norm is not finite, where any gradient is not.
+        metrics["finite"] = finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
         trained, moments = optimizer.update(gradients, state.optimizer, trained, state.step)
         updated = TrainState(state.step, constrain(optim.join(trained, fixed)), statistics, moments)
         kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)

@@ -16,7 +16,7 @@ from clip_jax.models.transformer import Compute
 from clip_jax.models.variants import VARIANTS
 from clip_jax.training import step as training_step
 from clip_jax.training.state import TrainState, abstract_state, initial_state
-from clip_jax.training.step import make_train_step
+from clip_jax.training.step import make_train_step, norms
 from clip_jax.typing import Batch
 
 ARCHITECTURE = VARIANTS["ViT-W64/4@16px"]
@@ -66,6 +66,14 @@ def test_no_parameter_that_is_split_is_ever_whole_on_a_device():
     assert eighths <= made
     assert not made & (whole - eighths)
     assert max(made) == max(eighths)
+
+
+def test_norms_are_of_all_and_by_tower_and_none_of_a_tower_that_has_nothing_trained():
+    tree = {"image": {"a": jnp.full(4, 3.0), "b": jnp.float32(0)}, "text": {"a": jnp.full(1, 8.0)}, "logit_scale": 1.0}
+    found = {name: value.item() for name, value in norms("gradient", tree).items()}
+    assert found == {"gradient_norm_image": 6, "gradient_norm_text": 8, "gradient_norm": pytest.approx(101**0.5)}
+    for nothing in ({}, None, {"a": None}):
+        assert norms("gradient", tree | {"image": nothing}).keys() == {"gradient_norm", "gradient_norm_text"}
 
 
 def test_logit_scale_never_passes_ln_100():
