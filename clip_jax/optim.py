@@ -9,6 +9,8 @@ from clip_jax.config import OptimConfig, Steps
 # layer norm is a matrix.
 DECAYED = {
     "kernel": True,
+    "lora_a": True,
+    "lora_b": True,
     "projection": True,
     "projection_bias": False,
     "token_embedding": True,
