@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 from oracles import open_clip, openai_clip, transformers
+from processes import finish, free_port, start
 from test_conversions import RESNET, TEXT, drawn
 from test_conversions import VIT as NARROW
 from tiny_tokenizers import EOS, PAD, WORDS, few_words
@@ -25,7 +26,7 @@ from clip_jax.training.checkpoint import Checkpoints
 from clip_jax.training.loop import train
 from clip_jax.training.metrics import read_metrics
 from clip_jax.training.program import Program, assemble
-from clip_jax.weights import adapters, openai
+from clip_jax.weights import adapters, openai, tensors
 from clip_jax.weights.bundle import Bundle, write_folder
 from clip_jax.weights.mapping import flatten
 from clip_jax.workdir import Workdir
@@ -200,6 +201,80 @@ def test_what_was_fine_tuned_goes_to_every_format_with_our_logits(target_format,
     trained = pretrained.read(run).arrays
     changed = [path for path, x in pretrained.read(file).arrays.items() if not np.array_equal(x, trained[path])]
     assert len(changed) == len(trained)
+
+
+def begun(architecture: Architecture) -> Bundle:
+    """Returns weights as OpenAI's training begins, matrices in float16; gains and biases a little moved."""
+    random = np.random.default_rng(0)
+
+    def draw(path: str, x: jax.Array) -> np.ndarray:
+        if path.endswith(("kernel", "projection")):
+            return np.asarray(x, np.float16)
+        moved = path.endswith(("scale", "bias"))
+        return np.asarray(x + 0.1 * random.normal(size=x.shape) if moved else x, np.float32)
+
+    arrays = flatten(jax.device_get(Definition(architecture).init(jax.random.key(0))))
+    return Bundle(architecture, {path: draw(path, x) for path, x in arrays.items()}, "random", "random")
+
+
+@pytest.mark.full
+def test_a_vit_b32_of_openais_is_fine_tuned_for_3_steps_and_goes_to_every_format(data_dir, tmp_path):
+    openai.write(tmp_path / "b32.pt", begun(variants.VARIANTS["ViT-B/32"]))
+    changes = {"model__variant": "ViT-B/32", "optim__learning_rate": 1e-5, "data__global_batch": 8}
+    train(config(data_dir, tmp_path / "b32.pt", **changes, checkpoint_every=3), tmp_path / "run", devices=ONE)
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    for target_format, oracle in FORMATS.items():
+        oracle()
+        assert pretrained.convert(tmp_path / "run", target_format, tmp_path / target_format, check=True)
+    source, trained = pretrained.read(tmp_path / "b32.pt"), pretrained.read(tmp_path / "run")
+    assert trained.variant == "ViT-B/32"
+    for path, x in trained.arrays.items():
+        assert not np.array_equal(x, np.float32(source.arrays[path])), path
+
+
+@FREEZES
+def test_a_frozen_tower_is_the_same_tensors_bit_for_bit_in_what_is_written(file, data_dir, tmp_path):
+    train(config(data_dir, file, optim__frozen="image/.*"), tmp_path / "run", devices=ONE)
+    pretrained.convert(tmp_path / "run", "openai", tmp_path / "target.pt")
+    source, target = (tensors.read_file(path) for path in (file, tmp_path / "target.pt"))
+    for name, x in source.items():
+        if name.startswith("visual."):
+            assert np.float32(x).tobytes() == target[name].tobytes(), name
+        elif name not in openai.NUMBERS:
+            assert not np.array_equal(np.float32(x), target[name]), name
+
+
+@pytest.mark.full
+def test_two_processes_start_from_the_same_weights_and_refuse_two(file, run, data_dir, tmp_path):
+    def ends_of(*sources: Path) -> list[tuple[int, str, str]]:
+        fields = {
+            "model.variant": "none",
+            "data.global_batch": 16,
+            "data.data_dir": data_dir,
+            "data.crop_scale": (0.9, 1),
+        }
+        fields |= {"optim.learning_rate": 1e-3, "optim.warmup": "1 step", "optim.weight_decay": 0.2}
+        fields |= {"optim.clip_norm": "none", "duration": "3 steps", "log_every": 1, "mesh.fsdp": 2}
+        same = ["train.py", "--config=configs/quickstart.py", f"--workdir={tmp_path}/run", "--num_processes=2"]
+        same += [f"--config.{name}={value}" for name, value in fields.items()]
+        same += [f"--coordinator=127.0.0.1:{free_port()}"]
+        own = [[f"--process_id={i}", f"--config.init_from={source}"] for i, source in enumerate(sources)]
+        return finish([start([*same, *arguments], JAX_NUM_CPU_DEVICES="2") for arguments in own])
+
+    (tmp_path / "mine").mkdir()
+    shutil.copy(file, tmp_path / "mine" / "vit.pt")
+    for code, _, said in ends_of(file, tmp_path / "mine" / "vit.pt"):
+        assert code == 2
+        assert "do not agree on the config (process 0 and 1)" in said, said
+    shutil.copytree(run, tmp_path / "a run")  # which all of them read, each to its own devices
+    for source in (file, tmp_path / "a run"):
+        ends = ends_of(source, source)
+        assert [code for code, *_ in ends] == [0, 0], ends
+        if source == file:
+            for (_, expected), (_, found) in zip(losses(run), losses(tmp_path / "run"), strict=True):
+                assert found == pytest.approx(expected, rel=1e-5)
+        shutil.rmtree(tmp_path / "run")
 
 
 # --- adapters ---
