@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh, NamedSharding
 
 from clip_jax import losses, optim, sharding
@@ -37,7 +36,7 @@ class Program:
     architecture: Architecture
     definition: Definition
     mesh: Mesh
-    optimizer: optax.GradientTransformation
+    optimizer: optim.Optimizer
     attention: str  # whose kernels, and why
     ring: losses.Ring | None  # None: the loss is dense
     parts: int  # of the batch, for the towers
@@ -62,9 +61,14 @@ class Program:
             lines.append(f"loss: {kind}, in a ring of {devices} device(s), tiles of {self.ring.tile}² logits")
         lines.append(f"attention: {self.attention}")
         if config.model.lora is not None:
-            lines.append(f"adapters: rank {config.model.lora.rank}, scale {config.model.lora.scale:g}, in all blocks")
+            lines.append(f"adapters: rank {config.model.lora.rank}, scale {config.model.lora.scale:g}")
+        numbers = sum(x.size for x in jax.tree.leaves(self.state.params))
+        trained = self.optimizer.trained_numbers(self.state.params)
+        if trained < numbers:
+            lines.append(f"trained: {trained:,} of {numbers:,} parameters")
         if self.parts > 1:
-            seen = "; batch norm sees each by itself" if self.state.statistics else ""
+            normalised = self.state.statistics and self.optimizer.trains("image")
+            seen = "; batch norm sees each by itself" if normalised else ""
             lines.append(f"towers: {self.parts} parts of {config.microbatch:,} pairs, one after the other{seen}")
         return lines
 
@@ -94,12 +98,11 @@ def assemble(
     model = config.model
     compute = Compute(model.compute_dtype, model.remat, implementation, model.patch_dropout, lora=model.lora)
     definition = Definition(arch, compute)
-    optimizer = optim.optimizer(config.optim, steps)
+    optimizer = optim.make(config.optim, definition.shapes().params, steps)
     state = abstract_state(definition, optimizer, mesh)
     train_step = make_train_step(
         definition,
         optimizer,
-        optim.schedule(config.optim, steps),
         state,
         seed=config.seed,
         ring=ring,

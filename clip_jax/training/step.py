@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding
 
-from clip_jax import losses
+from clip_jax import losses, optim
 from clip_jax.models.clip import Definition, Params, Weights, constrain, l2_normalise, normalise_pixels
 from clip_jax.training.microbatch import Embeddings, Encode, in_parts
 from clip_jax.training.state import TrainState
@@ -16,17 +16,18 @@ from clip_jax.typing import Batch, Float
 Metrics = dict[str, jax.Array]
 
 
-def make_encode(definition: Definition, dropout: jax.Array | None = None) -> Encode:
+def make_encode(definition: Definition, dropout: jax.Array | None = None, *, image_is_fixed: bool = False) -> Encode:
     """Returns the function (weights, batch, rows, their place) → (normalised embeddings, new statistics).
 
-    `dropout` is the key of all that is random in a step; a pair's own is that and its row in the global batch.
+    `dropout` is the key of all that is random in a step; a pair's own is that and its row in the global batch. Batch
+    norm in an image tower that is fixed goes by its statistics, and leaves them as they are.
     """
 
     def encode(weights: Weights, batch: Batch, rows_B: jax.Array, placed: NamedSharding) -> tuple[Embeddings, Params]:
         model = definition.computed(rows=placed).bind(weights)
         pixels = normalise_pixels(batch.image, definition.architecture.preprocess)
         keys_B = None if dropout is None else jax.vmap(jax.random.fold_in, (None, 0))(dropout, rows_B)
-        img_BE = l2_normalise(model.encode_image(pixels, train=True, dropout_B=keys_B))
+        img_BE = l2_normalise(model.encode_image(pixels, train=not image_is_fixed, dropout_B=keys_B))
         txt_BE = l2_normalise(model.encode_text(batch.tokens))
         return (img_BE, txt_BE), jax.lax.stop_gradient(model.statistics())
 
@@ -35,8 +36,7 @@ def make_encode(definition: Definition, dropout: jax.Array | None = None) -> Enc
 
 def make_train_step(
     definition: Definition,
-    optimizer: optax.GradientTransformation,
-    schedule: optax.Schedule,
+    optimizer: optim.Optimizer,
     abstract: TrainState,
     *,
     seed: int = 0,
@@ -47,14 +47,17 @@ def make_train_step(
 
     It takes the old state's memory, and leaves the new one in the places that `abstract` gives: left to itself the
     compiler would move small arrays, and the second step would be another program than the first. `ring` is the loss's
-    form; the towers go over the batch in `parts`.
+    form; the towers go over the batch in `parts`. Gradients are those of what is trained: nothing else has any.
     """
+    image_is_fixed = not optimizer.trains("image")
 
     def loss_of(
-        params: Params, statistics: Params, batch: Batch, step: jax.Array
+        trained: Params, fixed: Params, statistics: Params, batch: Batch, step: jax.Array
     ) -> tuple[Float[jax.Array, ""], tuple[Metrics, Params]]:
+        params = optim.join(trained, fixed)
         dropout = jax.random.fold_in(jax.random.key(seed), step) if definition.compute.patch_dropout else None
-        encode = in_parts(make_encode(definition, dropout), parts, abstract.step.sharding.mesh)
+        encode = make_encode(definition, dropout, image_is_fixed=image_is_fixed)
+        encode = in_parts(encode, parts, abstract.step.sharding.mesh)
         (img_BE, txt_BE), statistics = encode(Weights(params, statistics), batch, jnp.arange(len(batch.valid)))
         model = definition.bind(Weights(params, statistics))
         known = {"scale": model.scale(), "valid_B": batch.valid, "ring": ring}
@@ -66,11 +69,16 @@ def make_train_step(
         return loss, (metrics, statistics)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        trained, fixed = optimizer.split(state.params)
         differentiate = jax.value_and_grad(loss_of, has_aux=True)
-        (_, (metrics, statistics)), gradients = differentiate(state.params, state.statistics, batch, state.step)
-        updates, moments = optimizer.update(gradients, state.optimizer, state.params)
-        params = constrain(optax.apply_updates(state.params, updates))
-        metrics |= {"gradient_norm": optax.tree.norm(gradients), "learning_rate": schedule(state.step)}
+        (_, (metrics, statistics)), gradients = differentiate(trained, fixed, state.statistics, batch, state.step)
+        metrics |= {
+            "gradient_norm": optax.tree.norm(optimizer.of_trained(gradients)),
+            "learning_rate": optimizer.schedule(state.step),
+        }
+        trained, moments = optimizer.update(gradients, state.optimizer, trained, state.step)
+        params = optim.join(trained, fixed)
+        params = constrain(params) if "logit_scale" in trained else params  # what is fixed stays as it is
         return TrainState(state.step + 1, params, statistics, moments), metrics
 
     places = jax.tree.map(lambda x: x.sharding, abstract)

@@ -10,13 +10,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from clip_jax.architecture import Lora
-
-A, B, KERNEL = "lora_a", "lora_b", "kernel"
-
-
-def is_adapter(path: str) -> bool:
-    """Returns whether an array is half of an adapter."""
-    return path.rpartition("/")[2] in (A, B)
+from clip_jax.optim.parameters import is_adapter
 
 
 def merged(arrays: Mapping[str, np.ndarray], lora: Lora) -> dict[str, np.ndarray]:
@@ -24,8 +18,8 @@ def merged(arrays: Mapping[str, np.ndarray], lora: Lora) -> dict[str, np.ndarray
     plain = {}
     for path, x in arrays.items():
         module, _, name = path.rpartition("/")
-        if name == KERNEL and f"{module}/{A}" in arrays:
-            x = _merged(x, arrays[f"{module}/{A}"], arrays[f"{module}/{B}"], lora.scale)
+        if name == "kernel" and f"{module}/lora_a" in arrays:
+            x = _merged(x, arrays[f"{module}/lora_a"], arrays[f"{module}/lora_b"], lora.scale)
         if not is_adapter(path):
             plain[path] = x
     return plain

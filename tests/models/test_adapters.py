@@ -7,7 +7,6 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from oracles import openai_clip, require
 
@@ -18,6 +17,8 @@ from clip_jax.errors import UserError
 from clip_jax.models import variants
 from clip_jax.models.clip import Definition, Weights
 from clip_jax.models.transformer import Compute
+from clip_jax.optim.parameters import is_adapter
+from clip_jax.optim.schedules import schedule_of
 from clip_jax.training.state import TrainState, abstract_state
 from clip_jax.training.step import make_train_step
 from clip_jax.typing import Batch
@@ -39,7 +40,7 @@ def random_weights(definition: Definition, dtype: str, *, drawn: tuple[str, ...]
 
     def draw(path: str, like: jax.Array) -> np.ndarray:
         x = random.normal(1 if path.endswith("scale") else 0, 0.1, like.shape)
-        return np.asarray(begun[path] if adapters.is_adapter(path) and not path.endswith(drawn) else x, dtype)
+        return np.asarray(begun[path] if is_adapter(path) and not path.endswith(drawn) else x, dtype)
 
     return unflatten({path: draw(path, like) for path, like in begun.items()}, definition.shapes())
 
@@ -119,7 +120,7 @@ class TheirRun:
 
     def __init__(self, weights: Weights, torch, clip):
         arrays = flatten(weights)
-        plain = {path: x for path, x in arrays.items() if not adapters.is_adapter(path)}
+        plain = {path: x for path, x in arrays.items() if not is_adapter(path)}
         state = openai.state_dict(Bundle(dataclasses.replace(VIT, preprocess=Preprocess()), plain, "", ""))
         tensors = {name: torch.from_numpy(np.array(x)) for name, x in state.items()}
         self.model = clip.model.build_model(dict(tensors)).to(tensors["logit_scale"].dtype)
@@ -180,29 +181,18 @@ class TheirRun:
 def our_run(weights: Weights, dtype: str, config: OptimConfig) -> tuple[list[float], TrainState]:
     """Returns the losses of the steps, and the state after them."""
     definition, steps = Definition(VIT, Compute(dtype, lora=LORA)), Steps(STEPS, 1)
-    optimizer = only_adapters(optim.optimizer(config, steps))
+    optimizer = optim.make(config, definition.shapes().params, steps)
     mesh = sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
     abstract = abstract_state(definition, optimizer, mesh)
     params = jax.tree.map(jnp.array, weights.params)
-    state = TrainState(jnp.int32(0), params, weights.statistics, optimizer.init(params))
+    state = TrainState(jnp.int32(0), params, weights.statistics, optimizer.init(optimizer.split(params)[0]))
     state = jax.device_put(state, jax.tree.map(lambda x: x.sharding, abstract))
-    step = make_train_step(definition, optimizer, optim.schedule(config, steps), abstract)
+    step = make_train_step(definition, optimizer, abstract)
     losses = []
     for batch in batches():
         state, metrics = step(state, sharding.to_mesh(batch, PAIRS, mesh))
         losses.append(metrics["loss"].item())
     return losses, jax.device_get(state)
-
-
-def only_adapters(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Returns the optimiser that leaves all else as it is."""
-
-    def update(gradients, state, params):
-        updates, state = optimizer.update(gradients, state, params)
-        kept = lambda keys, x: x if adapters.is_adapter(sharding.path_of(keys)) else 0 * x  # noqa: E731
-        return jax.tree_util.tree_map_with_path(kept, updates), state
-
-    return optax.GradientTransformation(optimizer.init, update)
 
 
 # Adam divides by the gradient's own size: where that is rounding, float32's result is, too, unless eps is larger.
@@ -215,7 +205,7 @@ def test_5_steps_in_stacked_blocks_are_those_of_pytorch_block_by_block(dtype, ep
         weights = random_weights(Definition(VIT, Compute(lora=LORA)), dtype)
         losses, state = our_run(weights, dtype, config)
         theirs = TheirRun(weights, torch, clip)
-        expected = theirs.train(config, optim.schedule(config, Steps(STEPS, 1)))
+        expected = theirs.train(config, schedule_of(config, Steps(STEPS, 1)))
     error = np.abs(np.array(losses) / expected - 1).max()
     found, worst = flatten(state.weights), 0.0
     for (module, i), (a, b) in theirs.arrays().items():
@@ -229,7 +219,7 @@ def test_5_steps_in_stacked_blocks_are_those_of_pytorch_block_by_block(dtype, ep
     assert error <= bar
     assert worst <= bar
     for path, x in flatten(weights).items():
-        if not adapters.is_adapter(path):
+        if not is_adapter(path):
             assert found[path].tobytes() == x.tobytes(), path
 
 

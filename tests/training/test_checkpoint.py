@@ -22,7 +22,7 @@ CONFIG = OptimConfig(warmup="1 step")
 
 def state_on(mesh_sizes: tuple[int, int, int], devices: int, **model):
     definition = Definition(architecture(ModelConfig(variant="ViT-W64/4@16px", **model)))
-    optimizer = optim.optimizer(CONFIG, Steps(10, 1))
+    optimizer = optim.make(CONFIG, definition.shapes().params, Steps(10, 1))
     mesh = sharding.make_mesh(MeshConfig(*mesh_sizes), jax.devices()[:devices])
     abstract = abstract_state(definition, optimizer, mesh)
     return definition, optimizer, abstract

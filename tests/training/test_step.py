@@ -29,11 +29,12 @@ def batch_of(size: int) -> Batch:
 
 @pytest.mark.parametrize("sizes", [(2, 2, 2), pytest.param((1, 8, 1), marks=pytest.mark.full)])
 def test_a_step_leaves_the_state_in_its_places_and_is_compiled_once(sizes):
-    definition, optimizer = Definition(ARCHITECTURE), optim.optimizer(CONFIG, Steps(10, 1))
+    definition = Definition(ARCHITECTURE)
+    optimizer = optim.make(CONFIG, definition.shapes().params, Steps(10, 1))
     mesh = sharding.make_mesh(MeshConfig(*sizes))
     abstract = abstract_state(definition, optimizer, mesh)
     state = initial_state(definition, optimizer, abstract, seed=0)
-    step = make_train_step(definition, optimizer, optim.schedule(CONFIG, Steps(10, 1)), abstract)
+    step = make_train_step(definition, optimizer, abstract)
     batch = sharding.to_mesh(batch_of(16), 16, mesh)
     for _ in range(3):
         state, metrics = step(state, batch)
@@ -50,7 +51,8 @@ def test_a_step_leaves_the_state_in_its_places_and_is_compiled_once(sizes):
 
 def test_no_parameter_that_is_split_is_ever_whole_on_a_device():
     """Not even while it is drawn: a large model has no room for that."""
-    definition, optimizer = Definition(ARCHITECTURE), optim.optimizer(CONFIG, Steps(10, 1))
+    definition = Definition(ARCHITECTURE)
+    optimizer = optim.make(CONFIG, definition.shapes().params, Steps(10, 1))
     abstract = abstract_state(definition, optimizer, sharding.make_mesh(MeshConfig(1, 8, 1)))
     text = jax.jit(lambda: initial_state(definition, optimizer, abstract, seed=0)).lower().compile().as_text()
     made = {int(np.prod([int(n) for n in dims.split(",")])) for dims in re.findall(r"\bf32\[([\d,]+)\]", text)}
@@ -63,12 +65,13 @@ def test_no_parameter_that_is_split_is_ever_whole_on_a_device():
 
 
 def test_logit_scale_never_passes_ln_100():
-    definition, optimizer = Definition(ARCHITECTURE), optim.optimizer(CONFIG, Steps(10, 1))
+    definition = Definition(ARCHITECTURE)
+    optimizer = optim.make(CONFIG, definition.shapes().params, Steps(10, 1))
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     abstract = abstract_state(definition, optimizer, mesh)
     state = initial_state(definition, optimizer, abstract, seed=0)
     state.params["logit_scale"] = jnp.float32(LOGIT_SCALE_MAX + 1)
-    step = make_train_step(definition, optimizer, optim.schedule(CONFIG, Steps(10, 1)), abstract)
+    step = make_train_step(definition, optimizer, abstract)
     state, _ = step(state, sharding.to_mesh(batch_of(8), 8, mesh))
     assert state.params["logit_scale"].item() <= np.float32(LOGIT_SCALE_MAX)
 
