@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from clip_jax.command import load_config
+from clip_jax.command import check_config_flags, load_config
 from clip_jax.data.embedded.digits import CAPTIONS as DIGIT_CAPTIONS
 from clip_jax.data.embedded.shapes import CAPTIONS, compositions
 from clip_jax.models.clip import Definition
@@ -42,6 +43,17 @@ def test_a_fine_tuning_config_makes_a_run_on_one_device_that_trains_what_its_hea
     assert program.optimizer.trained_numbers(program.state.params) / numbers == pytest.approx(share, abs=1e-3)
     assert config.init_from in RELEASES
     assert program.variant == config.init_from
+
+
+def test_every_command_of_the_fine_tuning_page_has_files_and_flags_that_are_there():
+    commands = re.findall(r"^ *python (\w+\.py) (.*)$", (ROOT / "docs" / "finetuning.md").read_text(), re.MULTILINE)
+    assert {script for script, _ in commands} == {"train.py", "eval.py", "convert_weights.py"}
+    for script, arguments in commands:
+        arguments = arguments.replace("--config=", f"--config={ROOT}/").split()
+        check_config_flags(arguments)
+        defined = set(re.findall(r'DEFINE_\w+\(\s*"(\w+)"', (ROOT / script).read_text()))
+        given = {argument.removeprefix("--").partition("=")[0].partition(".")[0] for argument in arguments}
+        assert given <= defined, arguments
 
 
 def test_every_caption_of_the_embedded_sets_fits_the_context_of_their_variant():
