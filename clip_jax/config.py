@@ -164,6 +164,7 @@ class OptimConfig(Checked):
     b2: float = 0.98  # of Adafactor the upper limit
     eps: float = 1e-6  # AdamW's, and that of Muon's Adam
     clip_norm: float | None = None  # of the gradient of all that is trained; None: not clipped
+    ema: float | None = None  # of the weights: so much of their moving averages stays at a step; None: there are none
     layer_decay: float | None = None  # of the learning rate, from each layer of a tower to the one before it
     factors: str | None = None  # of the learning rate, by pattern: "image/.*=0.1;logit_scale=0.5"
     frozen: str | None = None  # patterns of what is not trained: "image/.*;text/token_embedding"
@@ -191,6 +192,7 @@ class OptimConfig(Checked):
         _require(
             self.clip_norm is None or self.clip_norm > 0, f"optim.clip_norm={self.clip_norm} must be positive, or None"
         )
+        _require(self.ema is None or 0 < self.ema < 1, f"optim.ema={self.ema} must be in (0, 1), or None")
         _require(
             self.layer_decay is None or 0 < self.layer_decay <= 1,
             f"optim.layer_decay={self.layer_decay} must be in (0, 1], or None",
@@ -292,6 +294,11 @@ class Config(Checked):
         _require(
             self.init_from is not None or self.model.variant is not None,
             "model.variant=None is for a run whose init_from says what its model is; set one of the two",
+        )
+        _require(
+            self.optim.ema is None or self.model.lora_rank is None,
+            f"optim.ema={self.optim.ema} averages weights, and with model.lora_rank={self.model.lora_rank} adapters "
+            "alone are trained, whose averaged product is not the product of their averages; leave one of the two out",
         )
         _require(
             self.init_from is not None or self.model.lora_rank is None,

@@ -21,6 +21,7 @@ import orbax.checkpoint as ocp
 from clip_jax import distributed
 from clip_jax.errors import UserError
 from clip_jax.models.clip import Weights
+from clip_jax.optim import flatten, unflatten
 from clip_jax.sharding import path_of
 from clip_jax.training import checksums
 from clip_jax.training.state import TrainState
@@ -45,9 +46,9 @@ class Keep:
 
 
 class Checkpoints:
-    """The checkpoints of one run: `<folder>/<step>/{params,statistics,optimizer,position}`.
+    """The checkpoints of one run: `<folder>/<step>/{params,statistics,optimizer,ema,position}`.
 
-    A model without batch norm has no statistics, and no such folder.
+    A model without batch norm has no statistics, and a run without averages no `ema`: they have no such folder.
     """
 
     def __init__(self, folder: Path, *, keep: Keep | None = None):
@@ -76,7 +77,7 @@ class Checkpoints:
                 read_only=keep is None,
                 async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
             ),
-            item_handlers={name: arrays() for name in ("params", "statistics", "optimizer")}
+            item_handlers={name: arrays() for name in ("params", "statistics", "optimizer", "ema")}
             | {"position": ocp.JsonCheckpointHandler()},
         )
 
@@ -86,7 +87,8 @@ class Checkpoints:
 
     def save(self, state: TrainState, position: dict[str, Any]) -> None:
         """Starts writing the state and its place in the data; returns as soon as the arrays are copied."""
-        trees = _some(params=state.params, statistics=state.statistics, optimizer=state.optimizer)
+        ema = _some(**state.ema._asdict())
+        trees = _some(params=state.params, statistics=state.statistics, optimizer=state.optimizer, ema=ema)
         items = {name: ocp.args.PyTreeSave(tree) for name, tree in trees.items()}
         with self._writing():
             self._manager.wait_until_finished()  # of the step that was saved before, its checksums too
@@ -180,19 +182,29 @@ class Checkpoints:
             UserError: damaged all the same, or parameters or optimiser are not those expected; lists all that differ.
         """
         restored = self._restore(
-            step, params=abstract.params, statistics=abstract.statistics, optimizer=abstract.optimizer
+            step,
+            params=abstract.params,
+            statistics=abstract.statistics,
+            optimizer=abstract.optimizer,
+            ema=_some(**abstract.ema._asdict()),
         )
+        restored["ema"] = abstract.ema._replace(**restored["ema"])
         return TrainState(step=jax.device_put(jnp.int32(step), abstract.step.sharding), **restored)
 
     def restore_weights(self, step: int, abstract: Weights) -> Weights:
-        """Returns the weights alone, every array in the place that `abstract` gives it.
+        """Returns the weights alone, moving averages where there are any, each in the place that `abstract` gives it.
 
         Raises:
             UserError: damaged, or the weights are not those expected; lists all that differ.
         """
-        if problem := checksums.damage(self.folder / str(step), ("params", "statistics")):
+        if problem := checksums.damage(self.folder / str(step), ("params", "statistics", "ema")):
             raise self._damaged(step, problem)
-        return Weights(**self._restore(step, params=abstract.params, statistics=abstract.statistics))
+        trees = {"params": abstract.params, "statistics": abstract.statistics}
+        averaged = {_path(array) for array in (self.folder / str(step) / "ema").glob("*/.zarray")}
+        ema = unflatten({path: x for path, x in flatten(trees).items() if path in averaged})
+        restored = self._restore(step, **trees, ema=ema)
+        averages = flatten(restored.pop("ema"))
+        return Weights(**(trees | unflatten(flatten(restored) | averages)))
 
     def _restore(self, step: int, **trees: Any) -> dict[str, Any]:
         """Returns the named items, each in the shapes and places of its tree."""
@@ -274,12 +286,17 @@ def _check_tree(folder: Path, tree: Any) -> None:
     wanted = {
         path_of(keys): _description(leaf.dtype, leaf.shape) for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
-    found = {array.parent.name.replace(".", "/"): _stored(array) for array in folder.glob("*/.zarray")}
+    found = {_path(array): _stored(array) for array in folder.glob("*/.zarray")}
     problems = [f"missing {path}" for path in wanted if path not in found]
     problems += [f"unexpected {path}" for path in found if path not in wanted]
     problems += [f"{p} is {found[p]}, not {wanted[p]}" for p in wanted if p in found and found[p] != wanted[p]]
     if problems:
         raise UserError(f"{folder} does not fit the model: {'; '.join(problems)}")
+
+
+def _path(array: Path) -> str:
+    """Returns the path of an array in its tree, by its header's place."""
+    return array.parent.name.replace(".", "/")
 
 
 def _stored(array: Path) -> str:

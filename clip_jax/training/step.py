@@ -90,7 +90,8 @@ def make_train_step(
         trained, moments = optimizer.update(gradients, state.optimizer, trained, state.step)
         params = optim.join(trained, fixed)
         params = constrain(params) if "logit_scale" in trained else params  # what is fixed stays as it is
-        updated = TrainState(state.step, params, statistics, moments)
+        ema = optimizer.averaged(state.ema, Weights(trained, statistics), state.step)
+        updated = TrainState(state.step, params, statistics, moments, ema)
         kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
         return dataclasses.replace(kept, step=state.step + 1), metrics
 
