@@ -1,6 +1,7 @@
 """Trains a CLIP: python train.py --config=configs/quickstart.py --workdir=DIR [--config.optim.learning_rate=1e-3 …]
 
-Run the same command again and it goes on where it was. On several hosts, start it on each: see docs/scaling.md.
+Run the same command again and it goes on where it was; SIGTERM makes it save and end. On several hosts, start it on
+each: see docs/scaling.md.
 """
 
 from pathlib import Path
@@ -22,10 +23,10 @@ def main() -> None:
     command.require("config", "workdir")
     config, workdir = command.checked(CONFIG.value), Path(WORKDIR.value)
     cluster = distributed.find(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
-    with supervisor.watched(cluster, workdir):
+    with supervisor.watched(cluster, workdir) as preempted:
         from clip_jax.training.loop import train  # not before: jax has to join the others first
 
-        train(config, workdir, profile=PROFILE.value)
+        train(config, workdir, preempted=preempted, profile=PROFILE.value)
 
 
 if __name__ == "__main__":

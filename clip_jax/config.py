@@ -22,6 +22,10 @@ REMAT_POLICIES = ("none", "full", "dots", "attention")
 ATTENTION = ("auto", "xla", "cudnn")
 MAX_IMAGE_PIXELS = 89_478_485
 LOSS_FORMS = ("auto", "dense", "ring")
+OPTIMIZERS = ("adamw", "lion", "adafactor", "muon")
+SCHEDULES = ("cosine", "linear", "rsqrt", "constant")
+
+_FACTOR = r"\d+(\.\d*)?(e[+-]?\d+)?|\.\d+(e[+-]?\d+)?"
 
 
 def _require(holds: bool, message: str) -> None:
@@ -131,25 +135,94 @@ class DataConfig(Checked):
 
 @dataclasses.dataclass
 class OptimConfig(Checked):
-    """AdamW with linear warm-up and cosine decay to zero; the defaults are the CLIP paper's ViT's (tables 18, 20)."""
+    """How parameters are trained, and which; the defaults are the CLIP paper's ViT's (tables 18, 20).
 
+    Patterns are regular expressions for the whole path of a parameter, several with ";" between them.
+    """
+
+    optimizer: str = "adamw"  # or lion, adafactor (big_vision's), muon
     learning_rate: float = 5e-4  # at the end of the warm-up
-    warmup: str = "2000 steps"  # or examples, or epochs
-    weight_decay: float = 0.2  # decoupled; on what the table in clip_jax/optim.py says
+    schedule: str = "cosine"  # or linear, both to 0 at the end of the run; rsqrt: 1/√step; constant
+    warmup: str = "2000 steps"  # or examples, or epochs; in a line from 0
+    cooldown: str = "0 steps"  # in a line to 0 at the end of a schedule that does not go there by itself
+    weight_decay: float = 0.2  # decoupled, times the learning rate; on what clip_jax/optim/parameters.py says
     b1: float = 0.9
-    b2: float = 0.98
-    eps: float = 1e-6
-    clip_norm: float | None = None  # of the global gradient; None: not clipped
+    b2: float = 0.98  # of Adafactor the upper limit
+    eps: float = 1e-6  # AdamW's, and that of Muon's Adam
+    clip_norm: float | None = None  # of the gradient of all that is trained; None: not clipped
+    layer_decay: float | None = None  # of the learning rate, from each layer of a tower to the one before it
+    factors: str | None = None  # of the learning rate, by pattern: "image/.*=0.1;logit_scale=0.5"
+    frozen: str | None = None  # patterns of what is not trained: "image/.*;text/token_embedding"
+    lock_image: int | None = None  # all but this many last groups of the image tower are not trained; None: all are
+    lock_text: int | None = None  # and of the text tower; OpenCLIP's groups: see docs/training.md
 
     def check(self) -> None:
+        _require_one_of("optim.optimizer", self.optimizer, OPTIMIZERS)
+        _require_one_of("optim.schedule", self.schedule, SCHEDULES)
         _require(self.learning_rate > 0, f"optim.learning_rate={self.learning_rate} must be positive")
-        durations.parse(self.warmup, "optim.warmup")
+        warmup, _ = durations.parse(self.warmup, "optim.warmup")
+        cooldown, _ = durations.parse(self.cooldown, "optim.cooldown")
+        _require(
+            warmup > 0 or self.schedule != "rsqrt",
+            f"optim.warmup={self.warmup!r}: the schedule rsqrt falls as fast as its warm-up is long; give it one",
+        )
+        _require(
+            cooldown == 0 or self.schedule in ("rsqrt", "constant"),
+            f"optim.cooldown={self.cooldown!r}: the schedule {self.schedule} ends at 0 by itself; leave the cool-down "
+            f"out, or let optim.schedule be rsqrt or constant",
+        )
         _require(self.weight_decay >= 0, f"optim.weight_decay={self.weight_decay} must not be negative")
         _require(0 <= self.b1 < 1 and 0 <= self.b2 < 1, f"optim.b1={self.b1} and optim.b2={self.b2} must be in [0, 1)")
         _require(self.eps > 0, f"optim.eps={self.eps} must be positive")
         _require(
             self.clip_norm is None or self.clip_norm > 0, f"optim.clip_norm={self.clip_norm} must be positive, or None"
         )
+        _require(
+            self.layer_decay is None or 0 < self.layer_decay <= 1,
+            f"optim.layer_decay={self.layer_decay} must be in (0, 1], or None",
+        )
+        for name in ("lock_image", "lock_text"):
+            locked = getattr(self, name)
+            _require(locked is None or locked >= 0, f"optim.{name}={locked} must not be negative")
+        self.frozen_patterns(), self.factors_by_pattern()
+
+    def frozen_patterns(self) -> list[str]:
+        """Returns the patterns of `frozen`.
+
+        Raises:
+            UserError: one of them is no regular expression.
+        """
+        return [] if self.frozen is None else [_pattern(text, "optim.frozen") for text in self.frozen.split(";")]
+
+    def factors_by_pattern(self) -> dict[str, float]:
+        """Returns the factor of each pattern of `factors`.
+
+        Raises:
+            UserError: they are not written so, one is not positive, or a pattern is there twice.
+        """
+        found = {}
+        for part in [] if self.factors is None else self.factors.split(";"):
+            pattern, equals, number = part.rpartition("=")
+            _require(
+                bool(equals and re.fullmatch(_FACTOR, number.strip())),
+                f"optim.factors: {part!r} is no factor: write 'image/.*=0.1', with ';' between several",
+            )
+            pattern, factor = _pattern(pattern, "optim.factors"), float(number)
+            _require(factor > 0, f"optim.factors: {part!r} must be positive; name what is not to move in optim.frozen")
+            _require(pattern not in found, f"optim.factors: {pattern!r} is there twice")
+            found[pattern] = factor
+        return found
+
+
+def _pattern(text: str, name: str) -> str:
+    """Returns a regular expression without the blanks around it."""
+    text = text.strip()
+    _require(bool(text), f"{name} has an empty pattern; patterns have one ';' between them")
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise UserError(f"{name}: {text!r} is no regular expression: {error}") from error
+    return text
 
 
 @dataclasses.dataclass
@@ -183,39 +256,53 @@ class Config(Checked):
     duration: str = "10_000 steps"  # or "400M examples", "32 epochs"
     log_every: int = 10  # steps
     checkpoint_every: int = 1000  # steps; the last step is always kept
+    checkpoint_minutes: float | None = None  # or when so many have gone by, looked at when something is logged
     keep_checkpoints: int = 2  # the latest n stay
+    keep_every: int | None = None  # steps; the checkpoints of its multiples stay for ever
+    skip_limit: int = 20  # updates in a row that may be skipped, because something was not finite; then the run stops
     wandb: str | None = None  # the project of Weights & Biases to which the metrics go, too; None: not used
 
     def check(self) -> None:
         _require(0 <= self.seed < 2**32, f"seed={self.seed} must be in [0, 2**32)")
-        for name in ("log_every", "checkpoint_every", "keep_checkpoints"):
+        for name in ("log_every", "checkpoint_every", "keep_checkpoints", "skip_limit"):
             _require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("checkpoint_minutes", "keep_every"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, f"{name}={value} must be positive, or None")
         _require(self.microbatch is None or self.microbatch > 0, f"microbatch={self.microbatch} must be at least 1")
         _require(
             self.wandb is None or re.fullmatch(r"[^/\\#?%:]{1,128}", self.wandb) is not None,
             f"wandb={self.wandb!r} must be the name of a project: 128 letters at most, and none of / \\ # ? % :",
         )
-        if not any(durations.parse(text, "")[1] == "epoch" for text in (self.duration, self.optim.warmup)):
+        lengths = (self.duration, self.optim.warmup, self.optim.cooldown)
+        if not any(durations.parse(text, "")[1] == "epoch" for text in lengths):
             self.steps(None)
 
     def steps(self, records: int | None) -> "Steps":
         """Returns how long the run is on so many records.
 
         Raises:
-            UserError: a duration that is none, or a warm-up that leaves nothing of the run.
+            UserError: a duration that is none, or a warm-up and a cool-down that do not fit into the run.
         """
-        lengths = {
-            name: durations.steps(text, name, global_batch=self.data.global_batch, records=records)
-            for name, text in {"duration": self.duration, "optim.warmup": self.optim.warmup}.items()
-        }
-        total, warmup = lengths.values()
+        optim = self.optim
+        written = {"duration": self.duration, "optim.warmup": optim.warmup, "optim.cooldown": optim.cooldown}
+        total, warmup, cooldown = (
+            durations.steps(text, name, global_batch=self.data.global_batch, records=records)
+            for name, text in written.items()
+        )
         _require(total > 0, f"duration={self.duration!r} must be one step at least")
+        run = f"duration={self.duration!r} ({total:,} steps)"
         _require(
             warmup < total,
-            f"optim.warmup={self.optim.warmup!r} ({warmup:,} steps) leaves nothing of duration={self.duration!r} "
-            f"({total:,} steps); shorten the warm-up or lengthen the run",
+            f"optim.warmup={optim.warmup!r} ({warmup:,} steps) leaves nothing of {run}; shorten the warm-up or "
+            f"lengthen the run",
         )
-        return Steps(total, warmup)
+        _require(
+            warmup + cooldown <= total,
+            f"optim.warmup={optim.warmup!r} and optim.cooldown={optim.cooldown!r} ({warmup:,} and {cooldown:,} steps) "
+            f"are longer than {run}; shorten them or lengthen the run",
+        )
+        return Steps(total, warmup, cooldown)
 
 
 class Steps(NamedTuple):
@@ -223,6 +310,7 @@ class Steps(NamedTuple):
 
     total: int
     warmup: int
+    cooldown: int = 0
 
 
 # What may differ when a run is resumed: nothing here changes what is computed, only where, and what is said of it.
@@ -232,7 +320,10 @@ FREE_ON_RESUME = (
     "microbatch",  # but not a ResNet's: batch norm sees each part by itself
     "log_every",
     "checkpoint_every",
+    "checkpoint_minutes",
     "keep_checkpoints",
+    "keep_every",
+    "skip_limit",
     "wandb",
     "data.train",  # where it lies; what it holds may not, unless the next says so
     "data.accept_changes",

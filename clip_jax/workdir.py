@@ -3,6 +3,7 @@
 WORKDIR/config.json           the whole run ("config"), and what its weights mean ("variant", "architecture")
 WORKDIR/tokenizer.json        the tokenizer, where it is not CLIP's own
 WORKDIR/metrics.jsonl         one JSON object a logged step
+WORKDIR/incidents.jsonl       one JSON object for every update that was skipped and every loss that jumped
 WORKDIR/checkpoints/<step>/   Orbax
 WORKDIR/damaged/              checkpoints that were not as they were written, when the run was started again
 WORKDIR/eval/<step>/*.json    results, and the pictures beside them
@@ -18,7 +19,7 @@ import os
 from pathlib import Path
 
 from clip_jax.architecture import Architecture, ResNetTower
-from clip_jax.config import Config, ModelConfig, build, differences
+from clip_jax.config import FREE_ON_RESUME, Config, ModelConfig, build, differences
 from clip_jax.errors import UserError
 from clip_jax.files import read_text, write_text
 from clip_jax.tokenizer.file import FILE_NAME, FileTokenizer
@@ -41,6 +42,10 @@ class Workdir:
     @property
     def metrics_file(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def incidents_file(self) -> Path:
+        return self.path / "incidents.jsonl"
 
     @property
     def checkpoints(self) -> Path:
@@ -104,7 +109,10 @@ class Workdir:
         if not changed and self.architecture() != architecture:
             changed = [f"architecture of {config.model.variant}: {self.architecture()} -> {architecture}"]
         if changed:
-            raise UserError(f"{self.path} belongs to another config ({'; '.join(changed)}); choose another workdir")
+            raise UserError(
+                f"{self.path} belongs to another config ({'; '.join(changed)}); choose another workdir. What may "
+                f"change when a run goes on: {', '.join(FREE_ON_RESUME)}"
+            )
 
     def is_claimed(self) -> bool:
         """Returns whether the folder is some run's."""

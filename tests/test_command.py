@@ -105,6 +105,8 @@ def test_a_wrong_argument_is_one_line_with_value_and_rule_and_no_workdir(overrid
         (["--config.model.image_size=none"], "model.image_size", None),
         (["--config.optim.clip_norm=0.5"], "optim.clip_norm", 0.5),
         (["--config.optim.clip_norm=None"], "optim.clip_norm", None),
+        (["--config.optim.lock_image=0"], "optim.lock_image", 0),
+        (["--config.optim.factors=image/.*=0.1;logit_scale=2"], "optim.factors", "image/.*=0.1;logit_scale=2"),
         (["--config.data.data_dir=none"], "data.data_dir", None),
     ],
 )

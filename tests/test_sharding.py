@@ -13,12 +13,17 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from clip_jax import optim, sharding
+from clip_jax.architecture import Architecture
 from clip_jax.config import MeshConfig, OptimConfig, Steps
 from clip_jax.errors import UserError
 from clip_jax.models.clip import Definition
 from clip_jax.models.variants import VARIANTS
 from clip_jax.training.state import abstract_state
 from clip_jax.typing import Batch
+
+
+def optimizer_of(architecture: Architecture, **config) -> optim.Optimizer:
+    return optim.make(OptimConfig(**config), Definition(architecture).shapes().params, Steps(10_000, 2000))
 
 
 def paths(name: str) -> list[str]:
@@ -231,7 +236,7 @@ def test_parameters_that_the_mesh_cannot_split_are_listed_all():
 def test_heads_that_tensor_cannot_split_are_named_with_the_sizes_that_can(name, tensor, said):
     mesh = sharding.make_mesh(MeshConfig(1, 1, tensor))
     with pytest.raises(UserError, match=rf"mesh.tensor={tensor} splits heads and MLP of both towers, and {said}"):
-        abstract_state(Definition(VARIANTS[name]), optim.optimizer(OptimConfig(), Steps(10_000, 2000)), mesh)
+        abstract_state(Definition(VARIANTS[name]), optimizer_of(VARIANTS[name]), mesh)
 
 
 def test_an_mlp_that_tensor_cannot_split_is_named():
@@ -258,8 +263,8 @@ def test_every_variant_fits_a_mesh_of_8_whose_tensor_axis_divides_its_heads(size
 @pytest.mark.parametrize("clip_norm", [None, 1.0])
 def test_moments_are_placed_as_their_parameters_and_counters_everywhere(clip_norm):
     mesh = sharding.make_mesh(MeshConfig(2, 2, 2))
-    optimizer = optim.optimizer(OptimConfig(clip_norm=clip_norm), Steps(10_000, 2000))
-    state = abstract_state(Definition(VARIANTS["ViT-W64/4@16px"]), optimizer, mesh)
+    architecture = VARIANTS["ViT-W64/4@16px"]
+    state = abstract_state(Definition(architecture), optimizer_of(architecture, clip_norm=clip_norm), mesh)
     places = jax.tree.map(lambda x: x.sharding, state.params)
     for moment in ("mu", "nu"):
         assert jax.tree.map(lambda x: x.sharding, optax.tree_utils.tree_get(state.optimizer, moment)) == places
@@ -269,8 +274,8 @@ def test_moments_are_placed_as_their_parameters_and_counters_everywhere(clip_nor
 
 
 def test_the_summary_says_what_is_split_and_what_each_device_holds():
-    optimizer = optim.optimizer(OptimConfig(), Steps(10_000, 2000))
-    params = abstract_state(Definition(VARIANTS["ViT-B/32"]), optimizer, sharding.make_mesh(MeshConfig(2, 2, 2))).params
+    definition, optimizer = Definition(VARIANTS["ViT-B/32"]), optimizer_of(VARIANTS["ViT-B/32"])
+    params = abstract_state(definition, optimizer, sharding.make_mesh(MeshConfig(2, 2, 2))).params
     rows = {row.path: row for row in sharding.layout(params)}
     kernel = rows["image/blocks/attention/qkv/kernel"]
     assert kernel.shape == (12, 768, 3, 12, 64)
@@ -280,5 +285,5 @@ def test_the_summary_says_what_is_split_and_what_each_device_holds():
     assert first.startswith("parameters: 151,277,313 in 38 arrays, 605.1 MB, ")
     assert len(lines) == len(rows) == 38
     assert lines[3].split() == [kernel.path, "12×768×3×12×64", "·×fsdp×·×tensor", "21.2", "MB"]
-    whole = abstract_state(Definition(VARIANTS["ViT-B/32"]), optimizer, sharding.make_mesh(MeshConfig(8, 1, 1))).params
+    whole = abstract_state(definition, optimizer, sharding.make_mesh(MeshConfig(8, 1, 1))).params
     assert sharding.summary(whole) == ["parameters: 151,277,313 in 38 arrays, 605.1 MB, 605.1 MB a device"]

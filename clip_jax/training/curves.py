@@ -16,7 +16,7 @@ from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocat
 from clip_jax.errors import UserError
 from clip_jax.files import read_json, whole
 from clip_jax.training.feed import total
-from clip_jax.training.metrics import read_metrics
+from clip_jax.training.step_lines import read_lines
 from clip_jax.typing import Float
 from clip_jax.workdir import Workdir
 
@@ -101,7 +101,7 @@ def read_run(path: Path, name: str) -> Run:
     if not folder.is_claimed():
         raise UserError(f"{path} is not a run's folder: it has no config.json; name a --workdir of train.py")
     try:
-        lines = read_metrics(folder.metrics_file)
+        lines = read_lines(folder.metrics_file)
     except FileNotFoundError:
         lines = []
     except (OSError, ValueError) as error:

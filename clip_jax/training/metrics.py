@@ -2,20 +2,17 @@
 
 import concurrent.futures
 import contextlib
-import json
 import time
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import jax
 import rich.console
 import rich.progress
 
 from clip_jax.config import Config
-from clip_jax.files import write_text
 from clip_jax.training.feed import Bad, loggable, merged, total
 from clip_jax.training.sinks import sinks
+from clip_jax.training.step_lines import StepLines, read_lines
 from clip_jax.workdir import Workdir
 
 QUIET_SECONDS = 10  # between two lines where there is no terminal to draw a bar on
@@ -28,27 +25,24 @@ class MetricsLog:
         self._writes = workdir is not None
         if workdir is None:
             return
-        self._path = workdir.metrics_file
-        _keep_until(self._path, resumed_at)
+        self._lines = StepLines(workdir.metrics_file, resumed_at=resumed_at)
         self._sinks = sinks(workdir, config, resumed_at=resumed_at)
-        self._file = self._path.open("a", encoding="utf-8")
 
     def described(self) -> list[str]:
         """Returns where the scalars go, as far as it needs saying."""
         return [sink.said for sink in self._sinks if sink.said] if self._writes else []
 
-    def write(self, step: int, scalars: dict[str, float], bad: Bad) -> None:
-        """Writes one line, at once: a killed run keeps what it logged."""
+    def write(self, step: int, scalars: dict[str, int | float], bad: Bad) -> None:
+        """Writes one line."""
         if not self._writes:
             return
-        self._file.write(json.dumps({"step": step, **scalars, **loggable(bad)}) + "\n")
-        self._file.flush()
+        self._lines.write({"step": step, **scalars, **loggable(bad)})
         for sink in self._sinks:
             sink.write(step, scalars | {"bad_records": total(bad)})
 
     def bad(self) -> Bad:
         """Returns what could not be read in the whole run, by its own lines."""
-        lines = read_metrics(self._path) if self._writes else []
+        lines = read_lines(self._lines.path) if self._writes else []
         return merged([line.get("bad_records", {}) for line in lines])
 
     def __enter__(self) -> "MetricsLog":
@@ -56,22 +50,9 @@ class MetricsLog:
 
     def __exit__(self, kind: type[BaseException] | None, *error) -> None:
         if self._writes:
-            self._file.close()
+            self._lines.close()
             for sink in self._sinks:
                 sink.close(failed=kind is not None)
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Returns the lines of a `metrics.jsonl`; a last line that a kill cut short is left out."""
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]
-
-
-def _keep_until(path: Path, step: int) -> None:
-    """Drops the lines after a step: the run goes on from there and will write them again."""
-    if path.exists():
-        kept = [line for line in read_metrics(path) if line["step"] <= step]
-        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 class StepClock:
@@ -162,7 +143,7 @@ class Progress:
         """Moves the bar."""
         self._bar.update(self._task, completed=step)
 
-    def show(self, step: int, scalars: dict[str, float]) -> None:
+    def show(self, step: int, scalars: dict[str, int | float]) -> None:
         """Shows the latest metrics."""
         found = (scalars["image_to_text_accuracy"] + scalars["text_to_image_accuracy"]) / 2
         said = f"loss {scalars['loss']:.4f} · found {found:.0%} · {scalars['pairs_per_second']:,.0f} pairs/s"

@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh, NamedSharding
 
 from clip_jax import losses, optim, sharding
@@ -34,7 +33,7 @@ class Program:
     architecture: Architecture
     definition: Definition
     mesh: Mesh
-    optimizer: optax.GradientTransformation
+    optimizer: optim.Optimizer
     attention: str  # whose kernels, and why
     ring: losses.Ring | None  # None: the loss is dense
     parts: int  # of the batch, for the towers
@@ -57,8 +56,13 @@ class Program:
             devices = losses.ring_size(self.ring)
             lines.append(f"loss: {kind}, in a ring of {devices} device(s), tiles of {self.ring.tile}² logits")
         lines.append(f"attention: {self.attention}")
+        numbers = sum(x.size for x in jax.tree.leaves(self.state.params))
+        trained = self.optimizer.trained_numbers(self.state.params)
+        if trained < numbers:
+            lines.append(f"trained: {trained:,} of {numbers:,} parameters")
         if self.parts > 1:
-            seen = "; batch norm sees each by itself" if self.state.statistics else ""
+            normalised = self.state.statistics and self.optimizer.trains("image")
+            seen = "; batch norm sees each by itself" if normalised else ""
             lines.append(f"towers: {self.parts} parts of {config.microbatch:,} pairs, one after the other{seen}")
         return lines
 
@@ -79,12 +83,11 @@ def assemble(config: Config, devices: list[jax.Device] | None = None, *, records
     implementation, note = attention_for(config.model, arch, asked)
     model = config.model
     definition = Definition(arch, Compute(model.compute_dtype, model.remat, implementation, model.patch_dropout))
-    optimizer = optim.optimizer(config.optim, steps)
+    optimizer = optim.make(config.optim, definition.shapes().params, steps)
     state = abstract_state(definition, optimizer, mesh)
     train_step = make_train_step(
         definition,
         optimizer,
-        optim.schedule(config.optim, steps),
         state,
         seed=config.seed,
         ring=ring,

@@ -7,31 +7,47 @@ import importlib.util
 import os
 import secrets
 import sys
+import time
 from collections.abc import Iterator
 from types import ModuleType
+from typing import Any
 
 import jax
 
 from clip_jax.config import Config
 from clip_jax.errors import UserError
-from clip_jax.files import read_text, write_text
+from clip_jax.files import read_text, writable, write_text
 from clip_jax.workdir import Workdir
 
 
 class TensorBoard:
-    """WORKDIR/tensorboard."""
+    """WORKDIR/tensorboard.
+
+    Not by tensorboardX' SummaryWriter: its thread dies of a full disk, and then a run would wait for it for ever.
+    """
 
     said = None  # when a run begins
 
     def __init__(self, workdir: Workdir, *, resumed_at: int):
-        self._board = _tensorboard().SummaryWriter(str(workdir.tensorboard), purge_step=resumed_at + 1)
+        self._parts, self._folder = _tensorboard(), workdir.tensorboard
+        with writable(self._folder):
+            self._folder.mkdir(exist_ok=True)
+            self._file = self._parts.event_file_writer.EventsWriter(str(self._folder / "events"))
+        # It hides what a former process had logged from there on.
+        self._write(step=resumed_at + 1, session_log={"status": "START"})
 
-    def write(self, step: int, scalars: dict[str, float]) -> None:
-        for name, value in scalars.items():
-            self._board.add_scalar(name, value, step)
+    def write(self, step: int, scalars: dict[str, int | float]) -> None:
+        values = [{"tag": name, "simple_value": value} for name, value in scalars.items()]
+        self._write(step=step, summary={"value": values})
+
+    def _write(self, **event: Any) -> None:
+        with writable(self._folder):
+            self._file.write_event(self._parts.event_file_writer.event_pb2.Event(wall_time=time.time(), **event))
+            self._file.flush()
 
     def close(self, *, failed: bool) -> None:
-        self._board.close()
+        with writable(self._folder):
+            self._file.close()
 
 
 def _tensorboard() -> ModuleType:
@@ -39,7 +55,7 @@ def _tensorboard() -> ModuleType:
     if hidden := "torch" not in sys.modules:
         sys.modules["torch"] = None
     try:
-        import tensorboardX
+        import tensorboardX.event_file_writer
     finally:
         if hidden:
             del sys.modules["torch"]
@@ -97,7 +113,7 @@ class WeightsAndBiases:
         later = f"; `wandb sync {settings.sync_dir}` sends it" if settings.mode == "offline" else ""
         self.said = f"Weights & Biases: {where}{later}"
 
-    def write(self, step: int, scalars: dict[str, float]) -> None:
+    def write(self, step: int, scalars: dict[str, int | float]) -> None:
         self._run.log({"step": step, **scalars})
 
     def close(self, *, failed: bool) -> None:

@@ -5,11 +5,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from clip_jax import sharding
+from clip_jax import optim, sharding
 from clip_jax.models.clip import Definition, Params, Weights
 
 
@@ -18,17 +17,17 @@ from clip_jax.models.clip import Definition, Params, Weights
 class TrainState:
     """Plain nested dicts: what `jax.jit` passes at least cost. Of arrays, or of whatever else is said of each array."""
 
-    step: Any  # int32 []: updates done
+    step: Any  # int32 []: batches seen
     params: Params
     statistics: Params  # of batch norm; empty without
-    optimizer: Any  # what Optax keeps
+    optimizer: Any  # what Optax keeps of the parameters that are trained
 
     @property
     def weights(self) -> Weights:
         return Weights(self.params, self.statistics)
 
 
-def abstract_state(definition: Definition, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def abstract_state(definition: Definition, optimizer: optim.Optimizer, mesh: Mesh) -> TrainState:
     """Returns the state's shapes, each with its place on the mesh, computing nothing.
 
     Raises:
@@ -38,10 +37,7 @@ def abstract_state(definition: Definition, optimizer: optax.GradientTransformati
     sharding.check_tensor(definition.architecture, mesh)
     specs = sharding.parameter_specs(params)
     sharding.check_divisible(params, specs, mesh)
-    moments = jax.eval_shape(optimizer.init, params)
-    moment_specs = optax.tree_map_params(
-        optimizer, lambda _, spec: spec, moments, specs, transform_non_params=lambda _: P()
-    )
+    moments = jax.eval_shape(optimizer.init, optimizer.split(params)[0])
 
     def place(shape, spec):
         return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=NamedSharding(mesh, spec))
@@ -50,18 +46,34 @@ def abstract_state(definition: Definition, optimizer: optax.GradientTransformati
         step=place(jax.ShapeDtypeStruct((), jnp.int32), P()),
         params=jax.tree.map(place, params, specs),
         statistics=jax.tree.map(place, statistics, sharding.parameter_specs(statistics)),
-        optimizer=jax.tree.map(place, moments, moment_specs),
+        optimizer=jax.tree.map(place, moments, _moment_specs(moments, params, specs)),
     )
 
 
-def initial_state(
-    definition: Definition, optimizer: optax.GradientTransformation, abstract: TrainState, seed: int
-) -> TrainState:
+def _moment_specs(moments: Any, params: Params, specs: Params) -> Any:
+    """Returns a spec for every array that Optax keeps: that of the parameter whose path ends its own path and whose
+    shape it has, but for dimensions of which a 1 is left; any other is everywhere."""
+    shapes, places = optim.flatten(params), optim.flatten(specs)
+
+    def spec(keys: tuple, moment: jax.ShapeDtypeStruct) -> P:
+        words = sharding.path_of(keys).split("/")
+        path = next((end for i in range(len(words)) if (end := "/".join(words[i:])) in shapes), None)
+        if path is None or len(shapes[path].shape) != len(moment.shape):
+            return P()
+        if shapes[path].shape == moment.shape:
+            return places[path]
+        sizes = zip(shapes[path].shape, moment.shape, strict=True)
+        return P(*(axis if n == size else None for axis, (n, size) in zip(places[path], sizes, strict=False)))
+
+    return jax.tree_util.tree_map_with_path(spec, moments)
+
+
+def initial_state(definition: Definition, optimizer: optim.Optimizer, abstract: TrainState, seed: int) -> TrainState:
     """Returns a new state; every array is computed in pieces where it will live, and whole nowhere."""
 
     def init(key: jax.Array) -> TrainState:
         params, statistics = definition.init(key)
-        return TrainState(jnp.int32(0), params, statistics, optimizer.init(params))
+        return TrainState(jnp.int32(0), params, statistics, optimizer.init(optimizer.split(params)[0]))
 
     places = jax.tree.map(lambda x: x.sharding, abstract)
     return jax.jit(init, out_shardings=places)(jax.random.key(seed))

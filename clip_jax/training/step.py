@@ -1,5 +1,6 @@
 """One update: pixels and tokens in, a new state and its metrics out. Pure; compiled once."""
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding
 
-from clip_jax import losses
+from clip_jax import losses, optim
 from clip_jax.models.clip import Definition, Params, Weights, constrain, l2_normalise, normalise_pixels
 from clip_jax.training.microbatch import Embeddings, Encode, in_parts
 from clip_jax.training.state import TrainState
@@ -16,17 +17,18 @@ from clip_jax.typing import Batch, Float
 Metrics = dict[str, jax.Array]
 
 
-def make_encode(definition: Definition, dropout: jax.Array | None = None) -> Encode:
+def make_encode(definition: Definition, dropout: jax.Array | None = None, *, image_is_fixed: bool = False) -> Encode:
     """Returns the function (weights, batch, rows, their place) → (normalised embeddings, new statistics).
 
-    `dropout` is the key of all that is random in a step; a pair's own is that and its row in the global batch.
+    `dropout` is the key of all that is random in a step; a pair's own is that and its row in the global batch. Batch
+    norm in an image tower that is fixed goes by its statistics, and leaves them as they are.
     """
 
     def encode(weights: Weights, batch: Batch, rows_B: jax.Array, placed: NamedSharding) -> tuple[Embeddings, Params]:
         model = definition.computed(rows=placed).bind(weights)
         pixels = normalise_pixels(batch.image, definition.architecture.preprocess)
         keys_B = None if dropout is None else jax.vmap(jax.random.fold_in, (None, 0))(dropout, rows_B)
-        img_BE = l2_normalise(model.encode_image(pixels, train=True, dropout_B=keys_B))
+        img_BE = l2_normalise(model.encode_image(pixels, train=not image_is_fixed, dropout_B=keys_B))
         txt_BE = l2_normalise(model.encode_text(batch.tokens))
         return (img_BE, txt_BE), jax.lax.stop_gradient(model.statistics())
 
@@ -42,8 +44,7 @@ def norms(of: str, tree: Params) -> Metrics:
 
 def make_train_step(
     definition: Definition,
-    optimizer: optax.GradientTransformation,
-    schedule: optax.Schedule,
+    optimizer: optim.Optimizer,
     abstract: TrainState,
     *,
     seed: int = 0,
@@ -54,14 +55,18 @@ def make_train_step(
 
     It takes the old state's memory, and leaves the new one in the places that `abstract` gives: left to itself the
     compiler would move small arrays, and the second step would be another program than the first. `ring` is the loss's
-    form; the towers go over the batch in `parts`.
+    form; the towers go over the batch in `parts`. Gradients are those of what is trained: nothing else has any. Where
+    the loss or a gradient is not finite (`finite` in the metrics), all stays as it was but the step: it counts batches.
     """
+    image_is_fixed = not optimizer.trains("image")
 
     def loss_of(
-        params: Params, statistics: Params, batch: Batch, step: jax.Array
+        trained: Params, fixed: Params, statistics: Params, batch: Batch, step: jax.Array
     ) -> tuple[Float[jax.Array, ""], tuple[Metrics, Params]]:
+        params = optim.join(trained, fixed)
         dropout = jax.random.fold_in(jax.random.key(seed), step) if definition.compute.patch_dropout else None
-        encode = in_parts(make_encode(definition, dropout), parts, abstract.step.sharding.mesh)
+        encode = make_encode(definition, dropout, image_is_fixed=image_is_fixed)
+        encode = in_parts(encode, parts, abstract.step.sharding.mesh)
         (img_BE, txt_BE), statistics = encode(Weights(params, statistics), batch, jnp.arange(len(batch.valid)))
         model = definition.bind(Weights(params, statistics))
         known = {"scale": model.scale(), "valid_B": batch.valid, "ring": ring}
@@ -75,13 +80,17 @@ def make_train_step(
         return contrast.loss, (metrics, statistics)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        trained, fixed = optimizer.split(state.params)
         differentiate = jax.value_and_grad(loss_of, has_aux=True)
-        (_, (metrics, statistics)), gradients = differentiate(state.params, state.statistics, batch, state.step)
-        updates, moments = optimizer.update(gradients, state.optimizer, state.params)
-        params = constrain(optax.apply_updates(state.params, updates))
-        metrics |= norms("gradient", gradients) | norms("parameter", state.params)
-        metrics["learning_rate"] = schedule(state.step)
-        return TrainState(state.step + 1, params, statistics, moments), metrics
+        (_, (metrics, statistics)), gradients = differentiate(trained, fixed, state.statistics, batch, state.step)
+        metrics |= norms("gradient", optimizer.of_trained(gradients)) | norms("parameter", state.params)
+        metrics["learning_rate"] = optimizer.schedule(state.step)
+        # The norm is not finite, where any gradient is not.
+        metrics["finite"] = finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
+        trained, moments = optimizer.update(gradients, state.optimizer, trained, state.step)
+        updated = TrainState(state.step, constrain(optim.join(trained, fixed)), statistics, moments)
+        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
+        return dataclasses.replace(kept, step=state.step + 1), metrics
 
     places = jax.tree.map(lambda x: x.sharding, abstract)
     everywhere = places.step

@@ -228,7 +228,7 @@ def test_in_training_nothing_depends_on_the_running_statistics(x64):
 def one_step(sizes: tuple[int, int, int]) -> tuple[TrainState, TrainState, float]:
     """Returns the states before and after a training step on a mesh, on the host, and the loss."""
     config = OptimConfig(warmup="0 steps", learning_rate=1e-2, weight_decay=0.5)
-    optimizer = optim.optimizer(config, Steps(2, 0))
+    optimizer = optim.make(config, WIDE.shapes().params, Steps(2, 0))
     mesh = sharding.make_mesh(MeshConfig(*sizes), jax.devices()[: math.prod(sizes)])
     with jax.enable_x64(True):
         abstract = abstract_state(WIDE, optimizer, mesh)
@@ -236,7 +236,7 @@ def one_step(sizes: tuple[int, int, int]) -> tuple[TrainState, TrainState, float
         before = TrainState(jnp.int32(0), params, statistics, optimizer.init(params))
         state = jax.device_put(before, jax.tree.map(lambda x: x.sharding, abstract))
         before = jax.device_get(before)
-        step = make_train_step(WIDE, optimizer, optim.schedule(config, Steps(2, 0)), abstract)
+        step = make_train_step(WIDE, optimizer, abstract)
         after, metrics = step(state, sharding.to_mesh(random_batch(RESNET), PAIRS, mesh))
         return before, jax.device_get(after), metrics["loss"].item()
 

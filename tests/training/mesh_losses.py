@@ -75,12 +75,11 @@ def losses_of(case: Case) -> tuple[list[float], list[int]]:
     devices = jax.devices()[:1] if case.sizes is None else None
     mesh = sharding.make_mesh(MeshConfig(*(case.sizes or (1, 1, 1))), devices)
     config = OptimConfig(learning_rate=1e-3, warmup="2 steps")
-    steps = Steps(case.steps, 2)
-    optimizer, schedule = optim.optimizer(config, steps), optim.schedule(config, steps)
     definition = Definition(arch, Compute(dtype=case.dtype))
+    optimizer = optim.make(config, definition.shapes().params, Steps(case.steps, 2))
     abstract = abstract_state(definition, optimizer, mesh)
     ring = losses.ring_for(LossConfig(form=case.form), mesh, sharding.BATCH_AXES, GLOBAL_BATCH)
-    train_step = make_train_step(definition, optimizer, schedule, abstract, ring=ring)
+    train_step = make_train_step(definition, optimizer, abstract, ring=ring)
 
     state = jax.tree.map(
         lambda x, place: jax.make_array_from_callback(x.shape, place.sharding, x.__getitem__),

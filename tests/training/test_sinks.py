@@ -16,8 +16,8 @@ import pytest
 
 from clip_jax.config import Config
 from clip_jax.errors import UserError
-from clip_jax.training.metrics import read_metrics
 from clip_jax.training.sinks import check_wandb
+from clip_jax.training.step_lines import read_lines
 
 ROOT = Path(__file__).parents[2]
 NOWHERE = "http://127.0.0.1:9"  # should anything try to send
@@ -89,7 +89,7 @@ def test_a_run_and_the_run_that_goes_on_are_one_in_weights_and_biases_with_the_l
     assert (first[0].project, first[0].display_name) == ("clip", "a run [v2]")
     config = {item.key: json.loads(item.value_json) for item in first[0].config.update}
     assert config["data"]["global_batch"] == 16
-    lines = [line | {"bad_records": 0} for line in read_metrics(workdir / "metrics.jsonl")]
+    lines = [line | {"bad_records": 0} for line in read_lines(workdir / "metrics.jsonl")]
     assert first[1][:2] + second[1] == lines
     assert [line["loss"] for line in first[1]] == [line["loss"] for line in lines]
 
