@@ -226,6 +226,32 @@ class Tokenize:
 
 
 @dataclasses.dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters (arXiv 2106.09685) beside the kernels of all blocks: W stands for W + alpha/rank · A·B."""
+
+    rank: int
+    alpha: float
+
+    def __post_init__(self):
+        if not 1 <= self.rank <= LARGEST_SIZE:
+            raise UserError(f"lora: rank={self.rank} should be 1 to {LARGEST_SIZE}")
+        if not (math.isfinite(self.alpha) and self.alpha > 0):
+            raise UserError(f"lora: alpha={self.alpha} should be positive and finite")
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+    def check(self, architecture: "Architecture") -> None:
+        """Raises UserError when a model has no blocks that take adapters, or none that are wider than their rank."""
+        if not isinstance(architecture.image, ViTTower):
+            raise UserError(f"adapters of rank {self.rank} go into Transformer blocks, and a ResNet has none")
+        widths = {"image": architecture.image.width, "text": architecture.text.width}
+        if narrow := [f"the {tower} tower is {width} wide" for tower, width in widths.items() if width <= self.rank]:
+            raise UserError(f"adapters of rank {self.rank} are not of low rank: {', '.join(narrow)}")
+
+
+@dataclasses.dataclass(frozen=True)
 class Architecture:
     """Two towers, the space where they meet, and how their inputs are made."""
 

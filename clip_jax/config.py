@@ -6,6 +6,7 @@ The same function reads the `config.json` of a workdir; a field that an older on
 """
 
 import dataclasses
+import math
 import re
 import reprlib
 import sys
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from clip_jax import durations
+from clip_jax.architecture import Lora
 from clip_jax.errors import UserError, nearest
 
 COMPUTE_DTYPES = ("float32", "bfloat16")
@@ -55,8 +57,8 @@ class Checked:
 class ModelConfig(Checked):
     """Which architecture, and how it is computed."""
 
-    variant: str = "ViT-B/32"  # a name in clip_jax/models/variants.py
-    image_size: int | None = None  # None: the variant's own
+    variant: str | None = "ViT-B/32"  # a name in clip_jax/models/variants.py; None: whatever init_from has
+    image_size: int | None = None  # None: the variant's own; init_from's position embeddings are resized
     context_length: int | None = None  # None: the variant's own
     tokenizer: str | None = None  # a tokenizer.json, for a variant whose tokenizer is in a file; the run keeps a copy
     compute_dtype: str = "float32"  # parameters are float32 whatever this says
@@ -66,12 +68,24 @@ class ModelConfig(Checked):
     attention: str = "auto"  # whose kernels compute it; auto: cuDNN's on a GPU where they accept, XLA's elsewhere
     patch_dropout: float = 0.0  # share of an image's patches that a ViT does not see in training (arXiv 2212.00794)
     logit_bias: bool | None = None  # trained by the sigmoid loss with a bias, not by softmax; None: as the variant was
+    lora_rank: int | None = None  # of adapters in all blocks, which alone are trained (arXiv 2106.09685); None: without
+    lora_alpha: float = 16.0  # what they add is alpha / rank times their product
+
+    @property
+    def lora(self) -> Lora | None:
+        """Returns the adapters that are trained."""
+        return None if self.lora_rank is None else Lora(self.lora_rank, self.lora_alpha)
 
     def check(self) -> None:
         words = (("compute_dtype", COMPUTE_DTYPES), ("remat", REMAT_POLICIES), ("attention", ATTENTION))
         for name, known in words:
             _require_one_of(f"model.{name}", getattr(self, name), known)
         _require(0 <= self.patch_dropout < 1, f"model.patch_dropout={self.patch_dropout} must be in [0, 1)")
+        _require(
+            self.lora_rank is None or self.lora_rank > 0,
+            f"model.lora_rank={self.lora_rank} must be at least 1, or None: no adapters",
+        )
+        _require(0 < self.lora_alpha < math.inf, f"model.lora_alpha={self.lora_alpha} must be positive and finite")
 
 
 @dataclasses.dataclass
@@ -251,6 +265,7 @@ class Config(Checked):
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    init_from: str | None = None  # weights to start from: all that clip_jax.load takes; None: drawn
     microbatch: int | None = None  # pairs, over all devices, whose activations are held at once; None: global_batch
     seed: int = 0  # of the parameters, the order of the data and its augmentation
     duration: str = "10_000 steps"  # or "400M examples", "32 epochs"
@@ -273,6 +288,15 @@ class Config(Checked):
         _require(
             self.wandb is None or re.fullmatch(r"[^/\\#?%:]{1,128}", self.wandb) is not None,
             f"wandb={self.wandb!r} must be the name of a project: 128 letters at most, and none of / \\ # ? % :",
+        )
+        _require(
+            self.init_from is not None or self.model.variant is not None,
+            "model.variant=None is for a run whose init_from says what its model is; set one of the two",
+        )
+        _require(
+            self.init_from is not None or self.model.lora_rank is None,
+            f"model.lora_rank={self.model.lora_rank} trains adapters beside weights that stay as they are; set "
+            "init_from to the weights",
         )
         lengths = (self.duration, self.optim.warmup, self.optim.cooldown)
         if not any(durations.parse(text, "")[1] == "epoch" for text in lengths):

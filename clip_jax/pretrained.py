@@ -15,14 +15,16 @@ import numpy as np
 import rich.console
 
 from clip_jax.architecture import ACTIVATIONS, Architecture
-from clip_jax.config import ModelConfig, leaves
-from clip_jax.errors import UserError, nearest
+from clip_jax.config import Config, ModelConfig
+from clip_jax.errors import UserError, about, nearest
 from clip_jax.files import read_json
 from clip_jax.models.clip import Definition
+from clip_jax.models.transformer import Compute
 from clip_jax.models.variants import RESNETS, architecture, with_activation
-from clip_jax.weights import bundle, hub, huggingface, open_clip, openai, parity
-from clip_jax.weights.bundle import Bundle
+from clip_jax.weights import adapters, bundle, hub, huggingface, open_clip, openai, parity
+from clip_jax.weights.bundle import Bundle, differences
 from clip_jax.weights.download import RELEASES, fetch
+from clip_jax.weights.interpolate import interpolate
 from clip_jax.weights.mapping import DType, flatten
 from clip_jax.weights.resize import resize
 from clip_jax.weights.tensors import read_file
@@ -34,8 +36,16 @@ class Asked(NamedTuple):
 
     variant: str | None = None  # the architecture that they must have; the only one a lone state dict can say
     activation: str | None = None  # computed instead of theirs
-    image_size: int | None = None
+    image_size: int | None = None  # to which position embeddings are resized
     context_length: int | None = None
+    logit_bias: bool | None = None  # whether they must have one; where the variant says otherwise, this holds
+
+
+class WiseFT(NamedTuple):
+    """How far a model is from the one that it was fine-tuned from (arXiv 2109.01903): weights/interpolate.py."""
+
+    zero_shot: str | os.PathLike
+    alpha: float  # 0: all zero-shot, 1: all fine-tuned
 
 
 AS_IT_IS = Asked()
@@ -66,18 +76,40 @@ def read(
         raise UserError(f"{', '.join(wrong)} should be a whole number")
     if asked.activation is not None and asked.activation not in ACTIVATIONS:
         raise UserError(f"activation={asked.activation!r}{nearest(asked.activation, ACTIVATIONS)}")
-    expected = None if asked.variant is None else _insisted(architecture(ModelConfig(asked.variant)), asked)
+    named = None if asked.variant is None else architecture(ModelConfig(asked.variant, logit_bias=asked.logit_bias))
+    expected = None if named is None else _insisted(named, asked)
     found = _read(source, expected, asked, dtype, download_root)
     found = dataclasses.replace(found, architecture=_insisted(found.architecture, asked))
-    if expected is not None:
-        _check_variant(found, expected, asked.variant)
+    _check(found, expected, asked)
     return resize(found, asked.image_size, asked.context_length)
 
 
+def initial(config: Config) -> Bundle | None:
+    """Returns the weights that a new run starts from, in float32, for its image size and context length; None: the run
+    draws its own.
+
+    Raises:
+        UserError: they cannot be read, or are not what the config says of its model; all that differs.
+    """
+    if config.init_from is None:
+        return None
+    model = config.model
+    asked = Asked(model.variant, None, model.image_size, model.context_length, model.logit_bias)
+    with about(f"init_from={config.init_from!r}"):
+        return read(config.init_from, asked, dtype=np.float32)
+
+
 def convert(
-    source: str | os.PathLike, target_format: str, target: Path, asked: Asked = AS_IT_IS, *, check: bool = False
+    source: str | os.PathLike,
+    target_format: str,
+    target: Path,
+    asked: Asked = AS_IT_IS,
+    *,
+    wise_ft: WiseFT | None = None,
+    check: bool = False,
 ) -> bool:
-    """Writes the weights of `source` in another format; returns whether all that was checked is within its bar.
+    """Writes the weights of `source` in another format, or those between them and the model that they were fine-tuned
+    from; returns whether all that was checked is within its bar.
 
     What is checked is what the target format's own project computes from what was written, against ours from the
     source; and where the target is ours, what we compute from it against a project that can hold the model.
@@ -90,13 +122,15 @@ def convert(
         raise UserError(f"unknown format {target_format!r}{nearest(target_format, WRITERS)}")
     target = _expanded(target)
     original = read(source, asked)
+    if wise_ft is not None:
+        original = interpolate(read(wise_ft.zero_shot, asked), original, wise_ft.alpha)
     peer = _peer(original, target_format) if check else None
     WRITERS[target_format](target, original)
     console = rich.console.Console()
     console.print(f"{original.variant}: {original.origin} → {target}", soft_wrap=True, highlight=False, markup=False)
     if peer is None:
         return True
-    rows = _check(original, target_format, target, peer)
+    rows = _compared(original, target_format, target, peer)
     console.print(parity.table(rows, title=f"{original.variant}: {target} against {parity.PEERS[peer].title}"))
     return all(row.holds for row in rows)
 
@@ -110,7 +144,7 @@ def can_hold(format_: str, architecture: Architecture) -> bool:
     return True
 
 
-def _check(original: Bundle, target_format: str, target: Path, peer: str) -> list[parity.Row]:
+def _compared(original: Bundle, target_format: str, target: Path, peer: str) -> list[parity.Row]:
     """Returns how far our numbers are from a peer's, where one side has what was written and the other the source."""
     if peer == target_format:
         return parity.compare(original, parity.reference(peer, target, original.architecture))
@@ -206,25 +240,26 @@ def _insisted(found: Architecture, asked: Asked) -> Architecture:
     return found if asked.activation is None else with_activation(found, asked.activation)
 
 
-def _check_variant(found: Bundle, expected: Architecture, variant: str) -> None:
+def _check(found: Bundle, expected: Architecture | None, asked: Asked) -> None:
     """Raises UserError, with all that differs, when the weights are not those of the variant that was asked for.
 
-    Preprocessing and tokenizer come with the weights, and are theirs.
+    Preprocessing and tokenizer come with the weights, and are theirs; a size that is asked for they will have.
     """
-    asked = {path: value for path, _, value in leaves(expected)}
-    there = {path: value for path, _, value in leaves(found.architecture)}
-    differences = [
-        f"{path} is {there.get(path)!r}, not {asked.get(path)!r}"
-        for path in sorted(asked.keys() | there.keys())
-        if asked.get(path) != there.get(path) and not path.startswith(("preprocess.", "tokenize."))
-    ]
-    if any("activation" in difference for difference in differences):
-        differences.append(
+    if expected is None:  # then one thing alone can be wrong
+        same = asked.logit_bias is None
+        expected = found.architecture if same else dataclasses.replace(found.architecture, logit_bias=asked.logit_bias)
+    sizes = {"image.image_size": asked.image_size, "text.context_length": asked.context_length}
+    besides = ("preprocess.", "tokenize.", *(path for path, size in sizes.items() if size is not None))
+    problems = differences(expected, found.architecture, besides)
+    if any("activation" in problem for problem in problems):
+        problems.append(
             "weights that were trained with QuickGELU and are computed with GELU, or the other way round, lose points "
             "of accuracy, and nothing says so; if the weights' own word is wrong, insist by activation="
         )
-    if differences:
-        raise UserError(f"{found.origin} is no {variant}: {'; '.join(differences)}")
+    if any(problem.startswith(tuple(sizes)) for problem in problems):
+        problems.append("position embeddings are resized for an image_size= or context_length= that is asked for")
+    if problems:
+        raise UserError(f"{found.origin} is no {asked.variant or 'such model'}: {'; '.join(problems)}")
 
 
 def _expanded(path: str | os.PathLike) -> Path:
@@ -232,21 +267,22 @@ def _expanded(path: str | os.PathLike) -> Path:
 
 
 def _read_run(path: Path, dtype: DType | None) -> Bundle:
-    """Returns what the latest checkpoint of a run holds; `dtype` is float32, which a run's weights are."""
+    """Returns what the latest checkpoint of a run holds, adapters merged; `dtype` is float32, which a run's weights
+    are."""
     from clip_jax.training.checkpoint import Checkpoints
 
     workdir = Workdir(path)
-    architecture = workdir.architecture()
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), Definition(architecture).shapes()
-    )
+    architecture, lora = workdir.architecture(), workdir.lora()
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    shapes = Definition(architecture, Compute(lora=lora)).shapes()
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
     with Checkpoints(workdir.checkpoints) as checkpoints:
         step = checkpoints.latest()
         if step is None:
             raise UserError(f"{workdir.path} has no checkpoint yet; train it first")
         weights = checkpoints.restore_weights(step, abstract)
     arrays = {path: np.asarray(x) for path, x in flatten(weights).items()}
+    arrays = arrays if lora is None else adapters.merged(arrays, lora)
     origin = f"{workdir.path}/checkpoints/{step}"
     results = workdir.evaluation(step)
     return Bundle(architecture, arrays, workdir.variant(), origin, workdir.tokenizer(), results)

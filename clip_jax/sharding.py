@@ -40,6 +40,7 @@ RULES = (
     Rule(r".*/blocks/mlp/up/kernel", P(None, "fsdp", "tensor")),  # [depth D F]
     Rule(r".*/blocks/mlp/up/bias", P(None, "tensor")),  # [depth F]
     Rule(r".*/blocks/mlp/down/kernel", P(None, "tensor", "fsdp")),  # [depth F D]
+    Rule(r".*/blocks/.*/lora_[ab]", P()),  # adapters: small, everywhere
     Rule(r"image/patch_embed/kernel", P(None, None, None, "fsdp")),  # [H W C D]
     Rule(r"image/stem\d/kernel", P()),  # [H W D F]: 74 thousand numbers at most
     Rule(r"image/stage\d/first/\w+/kernel", P(None, None, None, "fsdp")),  # [H W D F]

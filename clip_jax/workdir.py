@@ -1,6 +1,6 @@
 """A run's folder: what lies where, and the `config.json` that says whose run it is.
 
-WORKDIR/config.json           the whole run ("config"), and what its weights mean ("variant", "architecture")
+WORKDIR/config.json           the whole run ("config"), and what its weights mean ("variant", "architecture", "lora")
 WORKDIR/tokenizer.json        the tokenizer, where it is not CLIP's own
 WORKDIR/metrics.jsonl         one JSON object a logged step
 WORKDIR/incidents.jsonl       one JSON object for every update that was skipped and every loss that jumped
@@ -17,8 +17,9 @@ import dataclasses
 import json
 import os
 from pathlib import Path
+from typing import Any
 
-from clip_jax.architecture import Architecture, ResNetTower
+from clip_jax.architecture import Architecture, Lora, ResNetTower
 from clip_jax.config import FREE_ON_RESUME, Config, ModelConfig, build, differences
 from clip_jax.errors import UserError
 from clip_jax.files import read_text, write_text
@@ -98,6 +99,14 @@ class Workdir:
         """
         return self._built(Architecture, "architecture")
 
+    def lora(self) -> Lora | None:
+        """Returns what the adapters of the run's weights mean; None: they have none.
+
+        Raises:
+            UserError: there are some, and what they are is not one of ours.
+        """
+        return self._built(Lora, "lora") if "lora" in self._content() else None
+
     def check(self, config: Config, architecture: Architecture) -> None:
         """Raises UserError when the folder belongs to another run; names the fields that differ."""
         if not self.is_claimed():
@@ -107,7 +116,8 @@ class Workdir:
         if isinstance(architecture.image, ResNetTower) and before.microbatch != config.microbatch:
             changed.append(f"microbatch, of which batch norm sees each: {before.microbatch} -> {config.microbatch}")
         if not changed and self.architecture() != architecture:
-            changed = [f"architecture of {config.model.variant}: {self.architecture()} -> {architecture}"]
+            what = config.init_from or config.model.variant
+            changed = [f"architecture of {what}: {self.architecture()} -> {architecture}"]
         if changed:
             raise UserError(
                 f"{self.path} belongs to another config ({'; '.join(changed)}); choose another workdir. What may "
@@ -118,17 +128,27 @@ class Workdir:
         """Returns whether the folder is some run's."""
         return os.path.exists(self.config_file)  # noqa: PTH110 (a name that is too long is an error for Path.exists)
 
-    def claim(self, config: Config, architecture: Architecture, tokenizer: str | None = None) -> None:
-        """Makes the folder this run's; `tokenizer` is what its tokenizer.json says, if the run has one.
+    def claim(
+        self,
+        config: Config,
+        architecture: Architecture,
+        tokenizer: str | None = None,
+        *,
+        variant: str | None = None,
+    ) -> None:
+        """Makes the folder this run's; `tokenizer` is what its tokenizer.json says, if the run has one, and `variant`
+        its architecture's name, where the config gives none.
 
         Raises:
             UserError: it cannot be written.
         """
         content = {
-            "variant": config.model.variant,
+            "variant": variant or config.model.variant,
             "config": dataclasses.asdict(config),
             "architecture": dataclasses.asdict(architecture),
         }
+        if config.model.lora is not None:
+            content["lora"] = dataclasses.asdict(config.model.lora)
         if tokenizer is not None:
             write_text(self.tokenizer_file, tokenizer)
         write_text(self.config_file, json.dumps(content, indent=2) + "\n")
@@ -141,25 +161,29 @@ class Workdir:
         """
         return read_text(self.tokenizer_file) if self.tokenizer_file.exists() else None
 
-    def tokenizer_for(self, model: ModelConfig, architecture: Architecture) -> str | None:
-        """Returns what the tokenizer.json says that a run has to use; None: its tokenizer is CLIP's own.
+    def tokenizer_for(self, model: ModelConfig, architecture: Architecture, came: str | None = None) -> str | None:
+        """Returns what the tokenizer.json says that a run has to use; None: its tokenizer is CLIP's own. `came` is that
+        of the weights that a new run starts from.
 
         Raises:
-            UserError: the config names none, or one that does not go with the architecture or with this run.
+            UserError: the config names none, or one that does not go with the architecture, the weights or this run.
         """
-        kept = self.tokenizer() if self.is_claimed() else None
+        kept, whose = came, "init_from's weights"
+        if self.is_claimed():
+            kept, whose = self.tokenizer(), f"this run, {self.tokenizer_file}"
+        name = model.variant or "the model"
         if architecture.tokenize.kind == "clip":
             if model.tokenizer is not None:
-                raise UserError(f"{model.tokenizer=}: {model.variant} has CLIP's own tokenizer; leave it out")
+                raise UserError(f"{model.tokenizer=}: {name} has CLIP's own tokenizer; leave it out")
             return None
         if model.tokenizer is None and kept is None:
-            raise UserError(f"{model.variant} has its tokenizer in a file: set model.tokenizer to its {FILE_NAME}")
+            raise UserError(f"{name} has its tokenizer in a file: set model.tokenizer to its {FILE_NAME}")
         text = kept if model.tokenizer is None else read_text(Path(model.tokenizer))
         if kept is not None and text != kept:
-            raise UserError(f"{model.tokenizer=} is not the tokenizer of this run, {self.tokenizer_file}; leave it out")
+            raise UserError(f"{model.tokenizer=} is not the tokenizer of {whose}; leave it out")
         size, room = FileTokenizer(text, architecture.tokenize).vocab_size, architecture.text.vocab_size
         if size > room:
-            raise UserError(f"the tokenizer has {size} ids, and {model.variant} an embedding for {room} only")
+            raise UserError(f"the tokenizer has {size} ids, and {name} an embedding for {room} only")
         return text
 
     def variant(self) -> str:
@@ -176,10 +200,15 @@ class Workdir:
             raise UserError(f"{self.config_file}: {part}: {error}") from error
 
     def _read(self, part: str):
+        content = self._content()
+        if part not in content:
+            raise UserError(f"{self.config_file} should be an object with {part!r}")
+        return content[part]
+
+    def _content(self) -> dict[str, Any]:
+        """Returns what config.json says; nothing, where it is no object."""
         try:
             content = json.loads(self.config_file.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{self.path} is not a run's folder: its config.json: {error}") from error
-        if not isinstance(content, dict) or part not in content:
-            raise UserError(f"{self.config_file} should be an object with {part!r}")
-        return content[part]
+        return content if isinstance(content, dict) else {}

@@ -67,7 +67,7 @@ def test_build_puts_right_what_json_blurs_and_nothing_else():
         ("optim.b1", "0.9", "float"),
         ("optim.b1", False, "float"),
         ("optim.b1", None, "float"),
-        ("model.variant", None, "str"),
+        ("model.variant", 32, "str"),
         ("model.image_size", 224.0, "int"),
         ("data.crop_scale", 0.5, r"tuple\[float, float\]"),
         ("data.crop_scale", (0.5,), r"tuple\[float, float\]"),

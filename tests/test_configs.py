@@ -2,18 +2,22 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
-from clip_jax.command import load_config
+from clip_jax.command import check_config_flags, load_config
 from clip_jax.data.embedded.digits import CAPTIONS as DIGIT_CAPTIONS
 from clip_jax.data.embedded.shapes import CAPTIONS, compositions
 from clip_jax.models.clip import Definition
 from clip_jax.models.variants import VARIANTS, architecture
 from clip_jax.tokenizer import tokenize
+from clip_jax.training.program import assemble
+from clip_jax.weights.download import RELEASES
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
@@ -27,6 +31,29 @@ def test_every_config_builds_and_its_header_says_how_to_run_it(file):
     assert f"python train.py --config=configs/{file.name}" in header
     for word in ("Hardware:", "Time:", "Result:"):
         assert word in header
+
+
+@pytest.mark.parametrize(
+    ("name", "share"), [("finetune_openai_vit_b32", 1), ("finetune_lora_vit_l14", 0.022), ("lit_vit_b16", 0.424)]
+)
+def test_a_fine_tuning_config_makes_a_run_on_one_device_that_trains_what_its_header_says(name, share):
+    config = load_config(ROOT / "configs" / f"{name}.py")
+    program = assemble(config, jax.devices()[:1], records=10**6)
+    numbers = sum(x.size for x in jax.tree.leaves(program.state.params))
+    assert program.optimizer.trained_numbers(program.state.params) / numbers == pytest.approx(share, abs=1e-3)
+    assert config.init_from in RELEASES
+    assert program.variant == config.init_from
+
+
+def test_every_command_of_the_fine_tuning_page_has_files_and_flags_that_are_there():
+    commands = re.findall(r"^ *python (\w+\.py) (.*)$", (ROOT / "docs" / "finetuning.md").read_text(), re.MULTILINE)
+    assert {script for script, _ in commands} == {"train.py", "eval.py", "convert_weights.py"}
+    for script, arguments in commands:
+        arguments = arguments.replace("--config=", f"--config={ROOT}/").split()
+        check_config_flags(arguments)
+        defined = set(re.findall(r'DEFINE_\w+\(\s*"(\w+)"', (ROOT / script).read_text()))
+        given = {argument.removeprefix("--").partition("=")[0].partition(".")[0] for argument in arguments}
+        assert given <= defined, arguments
 
 
 def test_every_caption_of_the_embedded_sets_fits_the_context_of_their_variant():

@@ -111,6 +111,17 @@ def test_a_trained_run_becomes_a_folder_that_loads_with_the_same_features(workdi
     assert folder.name == run.name == "ViT-W64/4@16px"
 
 
+def test_what_lies_half_way_to_a_fine_tuned_model_is_a_folder(workdir, tmp_path):
+    folder = tmp_path / "zero_shot"
+    assert convert(f"--source={workdir}", "--format=clip_jax", f"--target={folder}").returncode == 0
+    args = (f"--source={workdir}", "--format=clip_jax", f"--target={tmp_path / 'between'}", f"--interpolate={folder}")
+    assert "0.5 · " in convert(*args).stdout
+    assert "0.25 · " in convert(*args, "--alpha=0.75").stdout
+    done = convert(*args, "--alpha=1.5")
+    assert done.returncode == 2
+    assert "alpha=1.5 should be in [0, 1]" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
@@ -119,6 +130,8 @@ def test_a_trained_run_becomes_a_folder_that_loads_with_the_same_features(workdi
         ({"format": None}, "--format is missing"),
         ({"source": "README.md"}, "neither a safetensors file nor one of PyTorch's"),
         ({}, "image.num_heads=1 for 4"),
+        ({"alpha": 0.5}, "--alpha=0.5 goes with --interpolate=ZEROSHOT"),
+        ({"interpolate": "ViT-B/31"}, "none of the models that can be downloaded"),
     ],
     ids=str,
 )

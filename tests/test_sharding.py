@@ -13,10 +13,11 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from clip_jax import optim, sharding
-from clip_jax.architecture import Architecture
+from clip_jax.architecture import Architecture, Lora, ViTTower
 from clip_jax.config import MeshConfig, OptimConfig, Steps
 from clip_jax.errors import UserError
 from clip_jax.models.clip import Definition
+from clip_jax.models.transformer import Compute
 from clip_jax.models.variants import VARIANTS
 from clip_jax.training.state import abstract_state
 from clip_jax.typing import Batch
@@ -27,7 +28,9 @@ def optimizer_of(architecture: Architecture, **config) -> optim.Optimizer:
 
 
 def paths(name: str) -> list[str]:
-    weights = Definition(VARIANTS[name]).shapes()
+    """Returns the paths of a variant's parameters and statistics; a ViT's with adapters."""
+    vit = isinstance(VARIANTS[name].image, ViTTower)
+    weights = Definition(VARIANTS[name], Compute(lora=Lora(2, 2.0) if vit else None)).shapes()
     return [sharding.path_of(keys) for tree in weights for keys, _ in jax.tree_util.tree_leaves_with_path(tree)]
 
 

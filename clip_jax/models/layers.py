@@ -4,6 +4,7 @@ Modules are plain NNX pytrees. Their attribute names are the parameter paths of 
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from clip_jax.architecture import Lora
 from clip_jax.models.attention import KEPT, attend, attend_by_cudnn
 from clip_jax.typing import Float, Int
 
@@ -62,15 +64,49 @@ class LayerNorm(nnx.Module):
 
 class Linear(nnx.Module):
     """A kernel and a bias. The last dimensions of what comes in meet the first of the kernel, the others are the
-    bias's and become the last of the result: heads need no reshaping, and can be split over devices."""
+    bias's and become the last of the result: heads need no reshaping, and can be split over devices.
 
-    def __init__(self, kernel: nnx.Param, bias: nnx.Param):
+    With an adapter the kernel stands for itself and A·B · scale, of which x meets A and B one after the other."""
+
+    def __init__(
+        self,
+        kernel: nnx.Param,
+        bias: nnx.Param,
+        *,
+        lora_a: nnx.Param | None = None,
+        lora_b: nnx.Param | None = None,
+        lora_scale: float = 1.0,
+    ):
         self.kernel = kernel
         self.bias = bias
+        self.lora_a = lora_a
+        self.lora_b = lora_b
+        self.lora_scale = lora_scale
 
     def __call__(self, x: Float[jax.Array, "..."]) -> Float[jax.Array, "..."]:
         kernel, bias = self.kernel[...].astype(x.dtype), self.bias[...].astype(x.dtype)
-        return jnp.tensordot(x, kernel, axes=kernel.ndim - bias.ndim) + bias
+        dims_in = kernel.ndim - bias.ndim
+        y = jnp.tensordot(x, kernel, axes=dims_in) + bias
+        if self.lora_a is None:
+            return y
+        low = jnp.tensordot(x, self.lora_a[...].astype(x.dtype), axes=dims_in) * self.lora_scale
+        return y + jnp.tensordot(low, self.lora_b[...].astype(x.dtype), axes=1)
+
+
+def adapted(linear: Linear, lora: Lora, key: jax.Array, *, apart: int = 0) -> Linear:
+    """Returns the linear with an adapter (LoRA, arXiv 2106.09685) that changes nothing yet: A is drawn, B is zero.
+
+    The first `apart` dimensions of the result have an adapter for each place in them.
+    """
+    shape, dims_in = linear.kernel.shape, linear.kernel.ndim - linear.bias.ndim
+    into, each, out = shape[:dims_in], shape[dims_in : dims_in + apart], shape[dims_in + apart :]
+    return Linear(
+        linear.kernel,
+        linear.bias,
+        lora_a=uniform(key, (*into, *each, lora.rank), math.prod(into) ** -0.5),  # as PyTorch draws a linear
+        lora_b=zeros((*each, lora.rank, *out)),
+        lora_scale=lora.scale,
+    )
 
 
 def project(
@@ -87,7 +123,7 @@ class Attention(nnx.Module):
     """Multi-head self-attention, causal or not, of a sequence that may come in pieces (T: queries, keys and values)."""
 
     def __init__(self, *, qkv: Linear, out: Linear, causal: bool, implementation: str = "xla"):
-        self.qkv = qkv  # kernel [D, T, N, K]
+        self.qkv = qkv  # kernel [D, T, N, K]; with adapters [D, T, R] and [T, R, N, K]
         self.out = out  # kernel [N, K, D]
         self.causal = causal
         self.implementation = implementation  # "xla" or "cudnn"
@@ -114,14 +150,21 @@ class Attention(nnx.Module):
         What comes out of one product is copied apart, and for three products the kernel is: that pays for many rows.
         """
         batch, length, width = x_BLD.shape
+        kernel, bias = self.qkv.kernel[...].astype(x_BLD.dtype), self.qkv.bias[...].astype(x_BLD.dtype)
         if batch * length < 4 * width:
-            q_BNLK, k_BNLK, v_BNLK = self.qkv(x_BLD).transpose(2, 0, 3, 1, 4)
+            thirds = (jnp.tensordot(x_BLD, kernel, axes=1) + bias).transpose(2, 0, 3, 1, 4)
         else:
-            kernel, bias = self.qkv.kernel[...].astype(x_BLD.dtype), self.qkv.bias[...].astype(x_BLD.dtype)
-            q_BNLK, k_BNLK, v_BNLK = (
-                jnp.einsum("BLD,DNK->BNLK", x_BLD, kernel[:, t]) + bias[t][:, None] for t in range(3)
-            )
+            thirds = [jnp.einsum("BLD,DNK->BNLK", x_BLD, kernel[:, t]) + bias[t][:, None] for t in range(3)]
+        if self.qkv.lora_a is not None:
+            thirds = [x_BNLK + self._adapter(x_BLD, t) for t, x_BNLK in enumerate(thirds)]
+        q_BNLK, k_BNLK, v_BNLK = thirds
         return q_BNLK * q_BNLK.shape[-1] ** -0.5, k_BNLK, v_BNLK
+
+    def _adapter(self, x_BLD: Float[jax.Array, "B L D"], t: int) -> Float[jax.Array, "B N L K"]:
+        """Returns what an adapter adds to queries, to keys or to values."""
+        a_DTR, b_TRNK = self.qkv.lora_a[...].astype(x_BLD.dtype), self.qkv.lora_b[...].astype(x_BLD.dtype)
+        low_BLR = (x_BLD @ a_DTR[:, t]) * self.qkv.lora_scale
+        return jnp.einsum("BLR,RNK->BNLK", low_BLR, b_TRNK[t])
 
 
 class MLP(nnx.Module):

@@ -30,7 +30,7 @@ class TextTransformer(nnx.Module):
         tokens, positions, blocks, projection = jax.random.split(key, 4)
         self.token_embedding = normal(tokens, (tower.vocab_size, width), 0.02)
         self.positional_embedding = normal(positions, (tower.context_length, width), 0.01)
-        self.blocks = transformer.stack(lambda k: transformer.text_block(k, tower, compute), blocks, tower.depth)
+        self.blocks = transformer.stack(transformer.text_block, blocks, tower, compute)
         self.post_norm = LayerNorm(width, eps=tower.eps)
         self.projection = normal(projection, (width, embed_dim), width**-0.5) if tower.projection else None
         self.projection_bias = zeros((embed_dim,)) if tower.projection_bias else None

@@ -1,15 +1,16 @@
 """A stack of pre-norm residual blocks: one block is compiled and scanned over its stacked parameters."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from clip_jax.architecture import TextTower, ViTTower
+from clip_jax.architecture import Lora, TextTower, ViTTower
 from clip_jax.models.attention import CUDNN, KEPT
-from clip_jax.models.layers import MLP, Attention, LayerNorm, Linear, normal, uniform, zeros
+from clip_jax.models.layers import MLP, Attention, LayerNorm, Linear, adapted, normal, uniform, zeros
 from clip_jax.typing import Float, Int
 
 # What the backward pass finds in memory, by the config's word; the rest is computed again.
@@ -21,12 +22,13 @@ REMAT = {
     ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
+ADAPTERS = 1_000_000  # folded into a block's key, of which the numbers from 0 on are its own
 Pieces = tuple[Float[jax.Array, "B _ D"], ...]  # what a sequence is cut into; together they are the whole
 
 
 @dataclasses.dataclass(frozen=True)
 class Compute:
-    """How a tower is computed; what its weights mean does not change."""
+    """How a tower is computed; what its weights mean does not change, though adapters may stand beside them."""
 
     dtype: str = "float32"  # of activations and products
     remat: str = "none"  # a word of REMAT
@@ -34,6 +36,7 @@ class Compute:
     patch_dropout: float = 0.0  # share of an image's patches that are left out in training
     unroll: bool = False  # blocks are compiled one by one, not scanned: for inference on a CPU
     rows: NamedSharding | None = None  # where a batch's rows are to stay between blocks; None: the compiler's choice
+    lora: Lora | None = None  # adapters in all blocks of both towers; only a ViT's image tower has any
 
 
 class Block(nnx.Module):
@@ -98,9 +101,25 @@ def text_block(key: jax.Array, tower: TextTower, compute: Compute) -> Block:
     )
 
 
-def stack(block, key: jax.Array, depth: int) -> Block:
-    """Returns `depth` blocks, each of its own key, as one `Block` whose parameters have a leading dimension `depth`."""
-    return jax.vmap(block)(jax.random.split(key, depth))
+def stack(block: Callable[..., Block], key: jax.Array, tower: ViTTower | TextTower, compute: Compute) -> Block:
+    """Returns all blocks of a tower, each of its own key, as one `Block` whose parameters have a leading dimension
+    `depth`."""
+
+    def one(key: jax.Array) -> Block:
+        made = block(key, tower, compute)
+        return made if compute.lora is None else with_adapters(made, compute.lora, jax.random.fold_in(key, ADAPTERS))
+
+    return jax.vmap(one)(jax.random.split(key, tower.depth))
+
+
+def with_adapters(block: Block, lora: Lora, key: jax.Array) -> Block:
+    """Returns the block with adapters beside its kernels; queries, keys and values have each their own."""
+    qkv, out, up, down = jax.random.split(key, 4)
+    attention, mlp = block.attention, block.mlp
+    attention.qkv = adapted(attention.qkv, lora, qkv, apart=1)
+    attention.out = adapted(attention.out, lora, out)
+    mlp.up, mlp.down = adapted(mlp.up, lora, up), adapted(mlp.down, lora, down)
+    return block
 
 
 def states(blocks: Block, x_BLD: Float[jax.Array, "B L D"]) -> Float[jax.Array, "depth B L D"]:

@@ -5,7 +5,7 @@ import dataclasses
 
 from clip_jax.architecture import Architecture, ImageTower, Preprocess, ResNetTower, TextTower, Tokenize, ViTTower
 from clip_jax.config import ModelConfig
-from clip_jax.errors import UserError, all_of, nearest
+from clip_jax.errors import UserError, about, all_of, nearest
 
 # Pixel statistics and resizing of the families that do not use OpenAI's.
 SIGLIP_PREPROCESS = Preprocess((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), resize="squash")
@@ -247,13 +247,27 @@ def architecture(model: ModelConfig) -> Architecture:
     """Returns the named architecture with the config's changes.
 
     Raises:
-        UserError: no such name, an image size that the patch does not divide, or patches to drop of a ResNet.
+        UserError: no name, or none of this table, an image size that the patch does not divide, or what `check` says.
     """
+    if model.variant is None:
+        raise UserError(
+            "model.variant=None is what init_from has, which is not read here: set model.variant to its name"
+        )
     if model.variant not in VARIANTS:
         raise UserError(f"unknown model variant {model.variant!r}{nearest(model.variant, VARIANTS)}")
     named = VARIANTS[model.variant]
     if model.logit_bias is not None:
         named = dataclasses.replace(named, logit_bias=model.logit_bias)
-    if model.patch_dropout and not isinstance(named.image, ViTTower):
-        raise UserError(f"model.patch_dropout={model.patch_dropout}: {model.variant} has no patches; leave it out")
+    check(model, named)
     return resized(named, model.image_size, model.context_length)
+
+
+def check(model: ModelConfig, arch: Architecture) -> None:
+    """Raises UserError when the config asks for what the architecture cannot have: a ResNet patches that are dropped,
+    or adapters."""
+    if model.patch_dropout and not isinstance(arch.image, ViTTower):
+        whose = model.variant or "a ResNet"
+        raise UserError(f"model.patch_dropout={model.patch_dropout}: {whose} has no patches; leave it out")
+    if model.lora is not None:
+        with about(f"model.lora_rank={model.lora_rank}"):
+            model.lora.check(arch)

@@ -67,7 +67,7 @@ class ViT(nnx.Module):
         self.class_embedding = normal(cls, (width,), width**-0.5) if tower.class_token else None
         self.positional_embedding = normal(position, (positions, width), width**-0.5)
         self.pre_norm = LayerNorm(width, eps=tower.eps) if tower.pre_norm else None
-        self.blocks = transformer.stack(lambda k: transformer.image_block(k, tower, compute), blocks, tower.depth)
+        self.blocks = transformer.stack(transformer.image_block, blocks, tower, compute)
         self.post_norm = LayerNorm(width, eps=tower.eps)
         self.map_pool = MapPool(tower, key=projection) if tower.pool == "map" else None
         self.projection = normal(projection, (width, embed_dim), width**-0.5) if tower.projection else None

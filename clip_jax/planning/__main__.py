@@ -35,7 +35,7 @@ def main() -> None:
     tables = rich.console.Console(quiet=JSON.value)
 
     def make(config: Config) -> Plan:
-        words = f"{config.model.variant}, batch {config.data.global_batch:,}, for {place.name}"
+        words = f"{config.model.variant or config.init_from}, batch {config.data.global_batch:,}, for {place.name}"
         with progress.status(f"compiling {words} (a large model takes minutes)"):
             plan = make_plan(config, place)
         progress.print(f"{words}: {report.verdict(plan)} [compiled in {plan.compile_seconds:.0f} s]", markup=False)

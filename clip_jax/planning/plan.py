@@ -108,7 +108,7 @@ def make_plan(config: Config, topology: Topology) -> Plan:
     seconds = time.monotonic() - begun
     collectives = compiled.text.collectives() if compiled else []
     return Plan(
-        variant=config.model.variant,
+        variant=program.variant,
         topology=topology.name,
         chips=topology.chips,
         mesh=dict(program.mesh.shape),

@@ -8,11 +8,13 @@ from typing import Any
 import jax
 import joblib
 
-from clip_jax import distributed, sharding
+from clip_jax import distributed, pretrained, sharding
+from clip_jax.architecture import Architecture
 from clip_jax.config import Config, leaves
 from clip_jax.data.pipeline import training_pairs
 from clip_jax.data.sources import Source, open_training_source
 from clip_jax.errors import UserError
+from clip_jax.models import variants
 from clip_jax.preemption import Preempted, never
 from clip_jax.training.checkpoint import Checkpoints, Keep, changed_data
 from clip_jax.training.feed import Bad, BadLimit, Feed, in_words
@@ -21,7 +23,9 @@ from clip_jax.training.metrics import MetricsLog, Progress, StepClock
 from clip_jax.training.profiler import Profiler, window
 from clip_jax.training.program import Program, assemble
 from clip_jax.training.sinks import check_wandb
+from clip_jax.training.state import TrainState
 from clip_jax.training.usage import Usage
+from clip_jax.weights.bundle import Bundle
 from clip_jax.workdir import Workdir
 
 
@@ -42,21 +46,24 @@ def train(
         UserError: anything about the config, the folder, the checkpoint or the data that the user can mend; a new run
             has then written nothing, an old one is as it was.
     """
-    # 1. What is computed, and where. Everything that can be wrong is found before anything is written.
-    source = open_training_source(config.data)
-    program = assemble(config, devices, records=len(source))
-    arch, last_step = program.architecture, program.steps.total
-    folder = Workdir(workdir)
+    # 1. What is computed, where, and from which weights on. Everything that can be wrong is found before anything is
+    # written.
+    source, folder = open_training_source(config.data), Workdir(workdir)
+    weights = pretrained.initial(config) if folder.latest_step() is None else None
+    arch = _architecture(config, folder, weights)
     folder.check(config, arch)
-    tokenizer = folder.tokenizer_for(config.model, arch)
+    program = assemble(config, devices, records=len(source), arch=arch)
+    last_step = program.steps.total
+    tokenizer = folder.tokenizer_for(config.model, arch, weights and weights.tokenizer)
     traced = window(profile, done=folder.latest_step() or 0, total=last_step) if profile else None
     check_wandb(config)
-    distributed.agree(_facts(program, tokenizer, source, folder))
+    facts = _facts(program, tokenizer, source, folder)
+    distributed.agree(facts | {"the weights to start from": weights and weights.fingerprint()})
 
     # 2. The folder, and in it the state: new, or as it was left.
     is_first = jax.process_index() == 0  # of the processes: it alone writes, but for checkpoints
     if is_first and not folder.is_claimed():
-        folder.claim(config, arch, tokenizer)
+        folder.claim(config, arch, tokenizer, variant=program.variant)
     with Checkpoints(folder.checkpoints, keep=Keep(config.keep_checkpoints, config.keep_every)) as checkpoints:
         latest, damaged = checkpoints.last_whole()
         start, unlogged = latest or 0, {}
@@ -64,10 +71,12 @@ def train(
             position = checkpoints.position(start)
             unlogged = position.pop("unlogged", {})
             _check_data(position, _position(config, source, start), config)
-        state = checkpoints.restore(start, program.state) if start else program.initial_state()
+        state = checkpoints.restore(start, program.state) if start else _first_state(program, weights)
+        del weights  # from here on the state has them
         set_aside = checkpoints.set_aside(damaged)
         if is_first:
-            folder.claim(config, arch)  # with what may change: the mesh, cadences, where the data lies
+            # Again, with what may change: the mesh, cadences, where the data lies.
+            folder.claim(config, arch, variant=program.variant)
 
         # 3. The data, from the example where the run is; and step by step. Metrics are read only when they are logged:
         # the device is never waited for in between.
@@ -123,6 +132,20 @@ def train(
             progress.say(f"trained to step {last_step}; the run is in {workdir}")
 
 
+def _architecture(config: Config, folder: Workdir, weights: Bundle | None) -> Architecture:
+    """Returns what the run's weights mean: as those that it starts from do, or as the config names it. A run that is
+    resumed knows it by its folder."""
+    if config.init_from is None:
+        return variants.architecture(config.model)
+    return folder.architecture() if weights is None else weights.architecture
+
+
+def _first_state(program: Program, weights: Bundle | None) -> TrainState:
+    """Returns the state before the first step."""
+    assert (weights is None) == (program.config.init_from is None), "a run without a checkpoint has read its weights"
+    return program.initial_state(None if weights is None else weights.arrays)
+
+
 def _check_data(saved: dict[str, Any], current: dict[str, Any], config: Config) -> None:
     """Raises UserError when the data is not what the run was reading, unless that is meant."""
     if (changed := changed_data(saved, current)) and not config.data.accept_changes:
@@ -132,6 +155,8 @@ def _check_data(saved: dict[str, Any], current: dict[str, Any], config: Config) 
 def _introduction(program: Program, source: Source, start: int) -> list[str]:
     """Returns what a run says of itself before it begins."""
     lines = [*program.described(), *sharding.summary(program.state.params)]
+    if program.config.init_from is not None and not start:
+        lines.append(f"weights: from {program.config.init_from}")
     lines += [f"data: {len(source):,} records of {program.config.data.train}", *source.inventory().said()]
     return lines + ([f"resumed at step {start}"] if start else [])
 

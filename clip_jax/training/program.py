@@ -4,24 +4,26 @@ The loop runs it; the planner compiles it for devices that are not there.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from clip_jax import losses, optim, sharding
 from clip_jax.architecture import Architecture, ViTTower
 from clip_jax.config import Config, ModelConfig, Steps
 from clip_jax.errors import UserError
+from clip_jax.models import variants
 from clip_jax.models.attention import refused_by_cudnn
 from clip_jax.models.clip import Definition
 from clip_jax.models.transformer import Compute
-from clip_jax.models.variants import architecture
 from clip_jax.training.microbatch import check_microbatch
-from clip_jax.training.state import TrainState, abstract_state, initial_state
+from clip_jax.training.state import TrainState, abstract_state, initial_state, state_from
 from clip_jax.training.step import Metrics, make_train_step
 from clip_jax.typing import Batch
+from clip_jax.weights.bundle import variant_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Program:
 
     config: Config
     steps: Steps
+    variant: str  # the architecture's name
     architecture: Architecture
     definition: Definition
     mesh: Mesh
@@ -41,14 +44,15 @@ class Program:
     batch: Batch
     train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]  # compiled when it is first called
 
-    def initial_state(self) -> TrainState:
-        """Returns the state at step 0, created in its places."""
-        return initial_state(self.definition, self.optimizer, self.state, self.config.seed)
+    def initial_state(self, weights: Mapping[str, np.ndarray] | None = None) -> TrainState:
+        """Returns the state at step 0, created in its places: with these weights, or drawn."""
+        what = (self.definition, self.optimizer, self.state, self.config.seed)
+        return initial_state(*what) if weights is None else state_from(weights, *what)
 
     def described(self) -> list[str]:
         """Returns what was decided, a line each."""
         config, sizes = self.config, self.mesh.shape
-        lines = [f"{config.model.variant}, mesh data × fsdp × tensor = {' × '.join(str(n) for n in sizes.values())}"]
+        lines = [f"{self.variant}, mesh data × fsdp × tensor = {' × '.join(str(n) for n in sizes.values())}"]
         kind = "sigmoid" if self.architecture.logit_bias else "softmax"
         if self.ring is None:
             lines.append(f"loss: {kind}, dense: all {config.data.global_batch:,}² logits at once")
@@ -56,6 +60,8 @@ class Program:
             devices = losses.ring_size(self.ring)
             lines.append(f"loss: {kind}, in a ring of {devices} device(s), tiles of {self.ring.tile}² logits")
         lines.append(f"attention: {self.attention}")
+        if config.model.lora is not None:
+            lines.append(f"adapters: rank {config.model.lora.rank}, scale {config.model.lora.scale:g}")
         numbers = sum(x.size for x in jax.tree.leaves(self.state.params))
         trained = self.optimizer.trained_numbers(self.state.params)
         if trained < numbers:
@@ -67,14 +73,22 @@ class Program:
         return lines
 
 
-def assemble(config: Config, devices: list[jax.Device] | None = None, *, records: int | None = None) -> Program:
+def assemble(
+    config: Config,
+    devices: list[jax.Device] | None = None,
+    *,
+    records: int | None = None,
+    arch: Architecture | None = None,
+) -> Program:
     """Returns the program of a config on all devices (or those given), for data of so many records; computes nothing.
+    `arch` is what the weights are that it starts from; None: what the config names.
 
     Raises:
         UserError: what the config asks for does not fit together, or not on these devices.
     """
     steps = config.steps(records)
-    arch = architecture(config.model)
+    arch = variants.architecture(config.model) if arch is None else arch
+    variants.check(config.model, arch)
     mesh = sharding.make_mesh(config.mesh, devices)
     sharding.check_batch(config.data.global_batch, mesh)
     parts = check_microbatch(config.microbatch, config.data.global_batch, mesh)
@@ -82,7 +96,8 @@ def assemble(config: Config, devices: list[jax.Device] | None = None, *, records
     asked = next(iter(mesh.local_devices), mesh.devices.flat[0])  # of its own, for cuDNN answers for no other
     implementation, note = attention_for(config.model, arch, asked)
     model = config.model
-    definition = Definition(arch, Compute(model.compute_dtype, model.remat, implementation, model.patch_dropout))
+    compute = Compute(model.compute_dtype, model.remat, implementation, model.patch_dropout, lora=model.lora)
+    definition = Definition(arch, compute)
     optimizer = optim.make(config.optim, definition.shapes().params, steps)
     state = abstract_state(definition, optimizer, mesh)
     train_step = make_train_step(
@@ -94,8 +109,21 @@ def assemble(config: Config, devices: list[jax.Device] | None = None, *, records
         parts=parts,
     )
     batch = abstract_batch(arch, config.data.global_batch, mesh)
-    attention = implementation + note
-    return Program(config, steps, arch, definition, mesh, optimizer, attention, ring, parts, state, batch, train_step)
+    return Program(
+        config=config,
+        steps=steps,
+        variant=model.variant or variant_of(arch, str(config.init_from)),
+        architecture=arch,
+        definition=definition,
+        mesh=mesh,
+        optimizer=optimizer,
+        attention=implementation + note,
+        ring=ring,
+        parts=parts,
+        state=state,
+        batch=batch,
+        train_step=train_step,
+    )
 
 
 def attention_for(model: ModelConfig, arch: Architecture, device: jax.Device) -> tuple[str, str]:

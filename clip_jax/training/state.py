@@ -1,15 +1,18 @@
 """What one step hands to the next: parameters and optimiser, created in their places on the mesh."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from clip_jax import optim, sharding
 from clip_jax.models.clip import Definition, Params, Weights
+from clip_jax.weights.mapping import flatten, unflatten
 
 
 @jax.tree_util.register_dataclass
@@ -77,3 +80,36 @@ def initial_state(definition: Definition, optimizer: optim.Optimizer, abstract: 
 
     places = jax.tree.map(lambda x: x.sharding, abstract)
     return jax.jit(init, out_shardings=places)(jax.random.key(seed))
+
+
+def state_from(
+    arrays: Mapping[str, np.ndarray],
+    definition: Definition,
+    optimizer: optim.Optimizer,
+    abstract: TrainState,
+    seed: int,
+) -> TrainState:
+    """Returns a new state that has these weights, by path; what they have not, which are adapters, is drawn.
+
+    One array after the other is asked for and put where it will live, in the dtype that it has there.
+    """
+    like = flatten(abstract.weights)
+    places = {path: x.sharding for path, x in like.items()}
+    drawn = [path for path in like if path not in arrays]
+    assert not arrays.keys() - like.keys(), f"weights that the model has not: {', '.join(arrays.keys() - like.keys())}"
+
+    def draw(key: jax.Array) -> dict[str, jax.Array]:
+        weights = flatten(definition.init(key))
+        return {path: weights[path] for path in drawn}
+
+    def place(path: str) -> jax.Array:
+        x, (shape, dtype) = arrays[path], (like[path].shape, like[path].dtype)
+        return jax.make_array_from_callback(shape, places[path], lambda index: np.asarray(x[index], dtype))
+
+    placed = {path: place(path) for path in like if path in arrays}
+    if drawn:
+        placed |= jax.jit(draw, out_shardings={path: places[path] for path in drawn})(jax.random.key(seed))
+    weights = unflatten(placed, abstract.weights)
+    begin = jax.jit(optimizer.init, out_shardings=jax.tree.map(lambda x: x.sharding, abstract.optimizer))
+    moments = begin(optimizer.split(weights.params)[0])
+    return TrainState(jax.device_put(jnp.int32(0), abstract.step.sharding), *weights, moments)

@@ -88,7 +88,9 @@ def make_train_step(
         # The norm is not finite, where any gradient is not.
         metrics["finite"] = finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
         trained, moments = optimizer.update(gradients, state.optimizer, trained, state.step)
-        updated = TrainState(state.step, constrain(optim.join(trained, fixed)), statistics, moments)
+        params = optim.join(trained, fixed)
+        params = constrain(params) if "logit_scale" in trained else params  # what is fixed stays as it is
+        updated = TrainState(state.step, params, statistics, moments)
         kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
         return dataclasses.replace(kept, step=state.step + 1), metrics
 

@@ -9,7 +9,9 @@ apart by what is in them.
 """
 
 import dataclasses
+import hashlib
 import json
+import math
 import os
 import reprlib
 from collections.abc import Mapping
@@ -19,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from clip_jax.architecture import Architecture, Preprocess, Tokenize
-from clip_jax.config import build
+from clip_jax.config import build, leaves
 from clip_jax.errors import UserError, about, all_of
 from clip_jax.files import read_json, read_text
 from clip_jax.models.clip import Definition
@@ -27,10 +29,12 @@ from clip_jax.models.variants import VARIANTS
 from clip_jax.tokenizer.file import FILE_NAME
 from clip_jax.weights import folder
 from clip_jax.weights.mapping import DType, Rule, flatten, import_tensors
+from clip_jax.weights.streaming import specs_of
 from clip_jax.weights.tensors import read_safetensors
 
 FORMAT = "clip_jax"
 CONFIG, TENSORS, TOKENIZER = "config.json", "model.safetensors", FILE_NAME
+SMALL = 2**16  # bytes
 RESIZE_KERNELS = ("bicubic_antialias", "bicubic")  # OpenCLIP's and timm's, Hugging Face's: weights/resize.py
 
 
@@ -49,6 +53,16 @@ class Bundle:
     results: Path | None = None  # where their evaluations go unless told otherwise; None: they are no run's
     resize_kernel: str = RESIZE_KERNELS[0]  # by which their family resizes an image's positions: weights/resize.py
 
+    def fingerprint(self) -> str:
+        """Returns what tells these weights from others, by architecture, shapes and all small arrays: the large
+        ones are not read for it."""
+        digest = hashlib.sha256(json.dumps(dataclasses.asdict(self.architecture), sort_keys=True).encode())
+        for path, like in specs_of(self.arrays).items():
+            digest.update(f"{path} {np.dtype(like.dtype)} {like.shape}".encode())
+            if math.prod(like.shape) * like.dtype.itemsize <= SMALL:
+                digest.update(np.ascontiguousarray(self.arrays[path]).tobytes())
+        return digest.hexdigest()
+
 
 def variant_of(architecture: Architecture, otherwise: str) -> str:
     """Returns the name that the towers have in the table of variants, or `otherwise` when they are not there.
@@ -60,6 +74,17 @@ def variant_of(architecture: Architecture, otherwise: str) -> str:
         return dataclasses.replace(named, preprocess=Preprocess(), tokenize=Tokenize())
 
     return next((name for name, known in VARIANTS.items() if towers(known) == towers(architecture)), otherwise)
+
+
+def differences(wanted: Architecture, found: Architecture, besides: tuple[str, ...] = ()) -> list[str]:
+    """Returns "image.width is 512, not 768" for every field that is not what was wanted, but for those whose path
+    begins with a word of `besides`."""
+    expected, there = ({path: value for path, _, value in leaves(arch)} for arch in (wanted, found))
+    return [
+        f"{path} is {there.get(path)!r}, not {expected.get(path)!r}"
+        for path in sorted(expected.keys() | there.keys())
+        if expected.get(path) != there.get(path) and not path.startswith(besides)
+    ]
 
 
 def is_bundle(path: Path) -> bool:

@@ -94,9 +94,7 @@ def test_no_scores_are_kept_for_the_backward_pass():
 
 def test_blocks_make_the_same_of_patches_and_class_token_apart_as_of_both_together(x64):
     tower = ViTTower(image_size=12, patch_size=4, width=24, depth=3, num_heads=2, mlp_dim=40)
-    blocks = transformer.stack(
-        lambda key: transformer.image_block(key, tower, Compute()), jax.random.key(0), tower.depth
-    )
+    blocks = transformer.stack(transformer.image_block, jax.random.key(0), tower, Compute())
     blocks = jax.tree.map(lambda x: x.astype(jnp.float64), blocks)
     x_BLD, weight_BLD = np.random.default_rng(4).normal(size=(2, B, 10, 24))
 
