@@ -114,7 +114,7 @@ def test_an_override_reaches_the_run_as_a_value_of_its_type(args, path, value, m
     import train
 
     runs = []
-    monkeypatch.setattr("clip_jax.training.loop.train", lambda *run, profile: runs.append((*run, profile)))
+    monkeypatch.setattr("clip_jax.training.loop.train", lambda *run, profile, preempted: runs.append((*run, profile)))
     monkeypatch.setattr(sys, "argv", ["train.py", CONFIG, f"--workdir={tmp_path}", "--profile=3:4", *args])
     monkeypatch.chdir(ROOT)
     with flagsaver.flagsaver():
