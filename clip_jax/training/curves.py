@@ -64,12 +64,7 @@ PANELS = (
     Panel("device memory at peak, bytes", {"device_memory": ""}, course="itself"),
 )
 LEFT_OUT = "pairs left out so far"
-# What may have happened since the last line, and its sign beneath the loss.
-MARKS = (
-    ("x", "update skipped", lambda line: line.get("skipped")),
-    ("^", "loss spike", lambda line: line.get("spikes")),
-    ("*", "loss not finite", lambda line: not math.isfinite(line["loss"])),
-)
+INCIDENTS = {"skipped": ("x", "update skipped"), "spike": ("^", "loss jumped")}  # and their signs beneath the loss
 
 
 class Run(NamedTuple):
@@ -78,11 +73,12 @@ class Run(NamedTuple):
     name: str
     about: str
     lines: list[dict[str, Any]]
+    incidents: list[dict[str, Any]]
     results: dict[str, dict[str, Curve]]  # by the name of the file, by metric
 
     def curve(self, field: str) -> Curve:
-        """Returns a field's finite values."""
-        found = [(line["step"], line[field]) for line in self.lines if math.isfinite(line.get(field, math.nan))]
+        """Returns a field's finite values; those that are not are null in a line."""
+        found = [(line["step"], line[field]) for line in self.lines if line.get(field) is not None]
         return Curve(*np.array(found, float).reshape(-1, 2).T)
 
     def left_out(self) -> Curve:
@@ -100,20 +96,22 @@ def read_run(path: Path, name: str) -> Run:
     folder = Workdir(path)
     if not folder.is_claimed():
         raise UserError(f"{path} is not a run's folder: it has no config.json; name a --workdir of train.py")
-    try:
-        lines = read_lines(folder.metrics_file)
-    except FileNotFoundError:
-        lines = []
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder.metrics_file} cannot be read: {error}") from error
-    if not lines:
+    if not (lines := _lines(folder.metrics_file)):
         raise UserError(f"{path} has no metrics yet: its run has not come to its first step")
-    return Run(name, _about(folder, lines[-1]), lines, _results(folder))
+    return Run(name, _about(folder, lines[-1]), lines, _lines(folder.incidents_file), _results(folder))
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """Returns the lines of a file; none of one that is not there."""
+    try:
+        return read_lines(path) if path.exists() else []
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
 
 
 def _about(folder: Workdir, last: dict[str, Any]) -> str:
-    config = folder.config()
-    return f"{folder.variant()}, batch {config.data.global_batch:,}, step {last['step']:,}, loss {last['loss']:.4g}"
+    loss = "not finite" if last["loss"] is None else f"{last['loss']:.4g}"
+    return f"{folder.variant()}, batch {folder.config().data.global_batch:,}, step {last['step']:,}, loss {loss}"
 
 
 def _results(folder: Workdir) -> dict[str, dict[str, Curve]]:
@@ -234,9 +232,9 @@ def _tell_apart(axes: Axes, labels: Sequence[str]) -> None:
 def _mark(axes: Axes, runs: Sequence[Run]) -> None:
     """Puts signs beneath the loss where something happened."""
     handles = {}
-    for height, (sign, label, happened) in enumerate(MARKS):
+    for height, (kind, (sign, label)) in enumerate(INCIDENTS.items()):
         for run, color in zip(runs, COLORS, strict=False):
-            if steps := [line["step"] for line in run.lines if happened(line)]:
+            if steps := [incident["step"] for incident in run.incidents if incident["kind"] == kind]:
                 place = axes.get_xaxis_transform()  # steps across, shares of the panel upwards
                 axes.plot(steps, [0.03 + 0.05 * height] * len(steps), sign, color=color, transform=place, markersize=5)
                 handles[label] = Line2D([], [], color="gray", linestyle="", marker=sign)

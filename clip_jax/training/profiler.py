@@ -1,5 +1,6 @@
 """A window of steps under JAX's profiler: what devices and host did in them, kernel by kernel."""
 
+import contextlib
 import importlib.util
 import re
 from collections.abc import Callable
@@ -47,28 +48,25 @@ class Profiler:
     def __init__(self, window: Window | None, folder: Path, say: Callable[[str], None]):
         self._window, self._folder, self._say = window, folder, say
         self._last: jax.Array | None = None
-        self._step: jax.profiler.StepTraceAnnotation | None = None
+        self._tracing = False
+        self._step = contextlib.ExitStack()  # the trace's mark of the step that goes on
 
     def begins(self, step: int) -> None:
         """Notes that a step begins, with its data."""
-        if self._window is None or not self._window.first <= step <= self._window.last:
-            return
-        if step == self._window.first:
+        if self._window is not None and step == self._window.first:
             jax.block_until_ready(self._last)  # so that nothing of the steps before is seen
             jax.profiler.start_trace(self._folder, create_perfetto_trace=True)
-        self._step = jax.profiler.StepTraceAnnotation("train", step_num=step)
-        self._step.__enter__()
+            self._tracing = True
+        if self._tracing:
+            self._step.enter_context(jax.profiler.StepTraceAnnotation("train", step_num=step))
 
     def dispatched(self, step: int, result: jax.Array) -> None:
         """Notes that a step, of which this is a result, is on its way; at the window's last one, waits for it."""
         self._last = result
-        if self._step is None:
-            return
-        self._step.__exit__(None, None, None)
-        self._step = None
-        if step == self._window.last:
+        self._step.close()
+        if self._tracing and step == self._window.last:
             result.block_until_ready()
-            jax.profiler.stop_trace()
+            self._stop()
             self._say(
                 f"steps {self._window.first} to {step} are profiled in {self._folder}: open perfetto_trace.json.gz at "
                 f"https://ui.perfetto.dev, or pip install xprof and run `xprof {self._folder}`"
@@ -78,6 +76,10 @@ class Profiler:
         return self
 
     def __exit__(self, *error) -> None:
-        if self._step is not None:  # the run ends within the window
-            self._step.__exit__(None, None, None)
-            jax.profiler.stop_trace()
+        self._step.close()
+        if self._tracing:  # the run ends within the window
+            self._stop()
+
+    def _stop(self) -> None:
+        self._tracing = False
+        jax.profiler.stop_trace()

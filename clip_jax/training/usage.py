@@ -25,7 +25,8 @@ class Usage:
     def of(cls, program: Program) -> "Usage":
         """Returns what a program is measured by on its devices."""
         config, arch, mesh = program.config, program.architecture, program.mesh
-        towers = flops.of_pair(arch, config.model.patch_dropout).training()
+        frozen = [tower for tower in ("image", "text") if not program.optimizer.trains(tower)]
+        towers = flops.of_pair(arch, config.model.patch_dropout).training(frozen)
         loss = flops.of_loss(1, config.data.global_batch, arch.embed_dim, ring=False)  # a ring's second cosines: no
         return cls(mesh.devices.flat[0].device_kind, mesh.size, towers + loss, list(mesh.local_devices))
 

@@ -45,16 +45,17 @@ def test_a_real_run_is_drawn_from_the_command_line_into_its_folder(workdir):
 
 
 def test_runs_of_any_length_with_anything_in_their_lines_are_drawn_together(workdir, tmp_path, monkeypatch):
-    odd = lines(3000, mfu=0.4, device_memory=7e10, spikes=0)
-    odd[5] |= {"loss": float("nan"), "skipped": 1, "bad_records": {"0.tar": {"no caption": 3}}}
-    odd[9] |= {"spikes": 2, "loss": float("inf")}
+    odd = lines(3000, mfu=0.4, device_memory=7e10)
+    odd[5] |= {"loss": None, "bad_records": {"0.tar": {"no caption": 3}}}
     results = {f"{step}/a_zeroshot_classification.json": {"acc1": 0.1, "acc5": float("nan")} for step in (20, 100)}
     results |= {f"30/{task}.json": {"lp": 0.5, "other": 0.2} for task in "bcdefg"}
     runs = [
         a_run(workdir, tmp_path / "one" / "_$run", odd, results),
         a_run(workdir, tmp_path / "two" / "_$run", lines(1), {"10/a_zeroshot_classification.json": {"acc1": 0.2}}),
-        a_run(workdir, tmp_path / "diverged", lines(5, loss=float("nan"))),
+        a_run(workdir, tmp_path / "diverged", lines(5, loss=None)),
     ]
+    incidents = [{"step": 60, "kind": "skipped", "loss": None}, {"step": 65, "kind": "spike", "loss": 9.0}]
+    (runs[0] / "incidents.jsonl").write_text("".join(json.dumps(line) + "\n" for line in incidents))
     monkeypatch.chdir(tmp_path)
     assert report(runs) == Path("curves.png")
     assert size_of(Path("curves.png")) == (1600, 1000)
@@ -63,7 +64,7 @@ def test_runs_of_any_length_with_anything_in_their_lines_are_drawn_together(work
 
 def test_what_a_run_says_is_read_as_it_is(workdir, tmp_path):
     logged = lines(4)
-    logged[1]["loss"] = float("nan")
+    logged[1]["loss"] = None
     logged[2]["bad_records"] = {"0.tar": {"no caption": 3, "no image": 1}}
     results = {"20/x.json": {"acc5": 0.5, "acc1": 0.25}, "100/x.json": {"acc5": 0.5, "acc1": 0.75}}
     run = read_run(a_run(workdir, tmp_path / "run", logged, results), "run")
@@ -73,6 +74,9 @@ def test_what_a_run_says_is_read_as_it_is(workdir, tmp_path):
         "acc1": [[20, 100], [0.25, 0.75]]
     }
     assert run.about.endswith("batch 16, step 40, loss 1.25")
+    run = read_run(a_run(workdir, tmp_path / "diverged", lines(2, loss=None)), "run")
+    assert run.about.endswith("step 20, loss not finite")
+    assert not len(run.curve("loss").steps)
 
 
 def test_a_course_keeps_a_line_a_line_and_a_median_forgets_what_happens_now_and_then():

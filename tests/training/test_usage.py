@@ -8,7 +8,8 @@ import pytest
 import rich.console
 
 from clip_jax import flops
-from clip_jax.config import Config, DataConfig, LossConfig, ModelConfig
+from clip_jax.config import Config, DataConfig, LossConfig, ModelConfig, OptimConfig
+from clip_jax.models.variants import VARIANTS
 from clip_jax.training.metrics import Progress
 from clip_jax.training.program import assemble
 from clip_jax.training.usage import Usage
@@ -37,6 +38,14 @@ def test_patches_that_are_dropped_are_not_counted():
         return Usage.of(assemble(Config(model=ModelConfig("ViT-B/16", patch_dropout=dropped)))).flops
 
     assert 0.5 < counted(0.5) / counted(0.0) < 0.6
+
+
+def test_a_tower_of_which_nothing_is_trained_costs_its_forward_pass_alone():
+    def counted(**optim) -> int:
+        return Usage.of(assemble(Config(optim=OptimConfig(**optim)))).flops
+
+    image = flops.of_pair(VARIANTS["ViT-B/32"]).image
+    assert counted() - counted(frozen="image/.*") == 2 * image
 
 
 def test_memory_is_the_largest_peak_of_this_hosts_chips_and_absent_where_they_do_not_tell():
