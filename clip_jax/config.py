@@ -297,11 +297,8 @@ class Config(Checked):
         Raises:
             UserError: a duration that is none, or a warm-up and a cool-down that do not fit into the run.
         """
-        written = {
-            "duration": self.duration,
-            "optim.warmup": self.optim.warmup,
-            "optim.cooldown": self.optim.cooldown,
-        }
+        optim = self.optim
+        written = {"duration": self.duration, "optim.warmup": optim.warmup, "optim.cooldown": optim.cooldown}
         total, warmup, cooldown = (
             durations.steps(text, name, global_batch=self.data.global_batch, records=records)
             for name, text in written.items()
@@ -310,13 +307,13 @@ class Config(Checked):
         run = f"duration={self.duration!r} ({total:,} steps)"
         _require(
             warmup < total,
-            f"optim.warmup={self.optim.warmup!r} ({warmup:,} steps) leaves nothing of {run}; shorten the warm-up or "
+            f"optim.warmup={optim.warmup!r} ({warmup:,} steps) leaves nothing of {run}; shorten the warm-up or "
             f"lengthen the run",
         )
         _require(
             warmup + cooldown <= total,
-            f"optim.warmup={self.optim.warmup!r} and optim.cooldown={self.optim.cooldown!r} "
-            f"({warmup:,} and {cooldown:,} steps) are longer than {run}; shorten them or lengthen the run",
+            f"optim.warmup={optim.warmup!r} and optim.cooldown={optim.cooldown!r} ({warmup:,} and {cooldown:,} steps) "
+            f"are longer than {run}; shorten them or lengthen the run",
         )
         return Steps(total, warmup, cooldown)
 

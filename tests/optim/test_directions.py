@@ -51,11 +51,11 @@ def ours(config: OptimConfig, dtype: str) -> dict[str, np.ndarray]:
     """Returns parameters, by path, after some steps with the gradients of the oracles."""
     optimizer = optim.make(config, oracles.SHAPES, STEPS)
     params, *gradients = (
-        optim.unflatten({path: jnp.asarray(x, dtype) for path, x in oracles.random_params(seed).items()})
+        optim.unflatten({path: x.astype(dtype) for path, x in oracles.random_params(seed).items()})
         for seed in range(oracles.STEPS + 1)
     )
     trained, fixed = optimizer.split(params)
-    state, update = optimizer.init(trained), jax.jit(optimizer.update)
+    state, update = jax.jit(optimizer.init)(trained), jax.jit(optimizer.update)
     for step, gradient in enumerate(gradients):
         trained, state = update(optimizer.split(gradient)[0], state, trained, step)
     after = optim.flatten(optim.join(trained, fixed))
@@ -103,11 +103,13 @@ def test_five_steps_on_stacked_blocks_are_those_on_each_block_in_float32(optimiz
 
 def test_fixed_blocks_and_parameters_stay_bit_for_bit_whatever_comes():
     optimizer = optim.make(dataclasses.replace(PARTLY, clip_norm=None), oracles.SHAPES, STEPS)
-    zeros = optim.unflatten({path: jnp.full(x.shape, -0.0) for path, x in optim.flatten(oracles.SHAPES).items()})
+    zeros = optim.unflatten(
+        {path: np.full(x.shape, -0.0, np.float32) for path, x in optim.flatten(oracles.SHAPES).items()}
+    )
     trained, fixed = optimizer.split(zeros)
-    nans = jax.tree.map(lambda x: x + jnp.nan, trained)
-    after = optim.flatten(optim.join(optimizer.update(nans, optimizer.init(trained), trained, 3)[0], fixed))
-    for path, x in after.items():
+    nans = jax.tree.map(lambda x: x + np.float32(np.nan), trained)
+    after, _ = jax.jit(optimizer.update)(nans, jax.jit(optimizer.init)(trained), trained, 3)
+    for path, x in optim.flatten(optim.join(after, fixed)).items():
         for block, tensor in oracles.cut(path, np.asarray(x)):
             if factor_in_part(path, block):
                 assert np.isnan(tensor).all(), path
@@ -164,16 +166,16 @@ def test_adamw_is_pytorchs_with_a_group_for_every_tensor(x64, case):
     found = ours(config, "float64")
     for path, tensors in params.items():
         expected = oracles.put_together(path, [p.detach().numpy() for p in tensors], found[path].shape)
-        # PyTorch adds 1e-6 to the norm that it clips by.
-        bound = 1e-13 if config.clip_norm is None else 1e-6 * config.clip_norm
+        # PyTorch adds 1e-6 to the norm that it clips by: but for the 1e-6 of eps, Adam does not see by what it divides.
+        bound = 1e-14 if config.clip_norm is None else 1e-11
         np.testing.assert_allclose(found[path], expected, rtol=0, atol=bound, err_msg=path)
 
 
 def steps_of(transform: optax.GradientTransformation, gradients: list[jax.Array]) -> np.ndarray:
-    state = transform.init(gradients[0])
+    state, update = transform.init(gradients[0]), jax.jit(transform.update)
     directions = []
     for gradient in gradients:
-        direction, state = transform.update(gradient, state, gradient)
+        direction, state = update(gradient, state, gradient)
         directions.append(jax.tree.leaves(direction)[0])
     return np.array(directions)
 
