@@ -34,7 +34,7 @@ from clip_jax.weights.tensors import read_safetensors
 
 FORMAT = "clip_jax"
 CONFIG, TENSORS, TOKENIZER = "config.json", "model.safetensors", FILE_NAME
-SMALL = 2**16  # bytes
+FINGERPRINTED = 2**16  # bytes; larger arrays are not read for a fingerprint
 RESIZE_KERNELS = ("bicubic_antialias", "bicubic")  # OpenCLIP's and timm's, Hugging Face's: weights/resize.py
 
 
@@ -59,7 +59,7 @@ class Bundle:
         digest = hashlib.sha256(json.dumps(dataclasses.asdict(self.architecture), sort_keys=True).encode())
         for path, like in specs_of(self.arrays).items():
             digest.update(f"{path} {np.dtype(like.dtype)} {like.shape}".encode())
-            if math.prod(like.shape) * like.dtype.itemsize <= SMALL:
+            if math.prod(like.shape) * like.dtype.itemsize <= FINGERPRINTED:
                 digest.update(np.ascontiguousarray(self.arrays[path]).tobytes())
         return digest.hexdigest()
 

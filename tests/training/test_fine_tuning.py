@@ -132,6 +132,18 @@ def test_the_variant_is_the_weights_own_name_unless_the_config_has_one(file, dat
     assert (program.variant, program.architecture.image.image_size) == ("small", 48)
 
 
+def test_weights_are_told_apart_by_their_architecture_and_small_arrays_and_large_ones_are_not_read(file, run, tmp_path):
+    shutil.copy(file, tmp_path / "same.pt")
+    found = [pretrained.read(source, dtype=np.float32) for source in (file, tmp_path / "same.pt", run)]
+    resized = pretrained.read(file, pretrained.Asked(context_length=20), dtype=np.float32)
+    one, same, trained, other = (bundle.fingerprint() for bundle in (*found, resized))
+    assert one == same
+    assert len({one, trained, other}) == 3
+    arrays = dict(found[0].arrays)
+    arrays["text/token_embedding"] = np.broadcast_to(np.float32(0), arrays["text/token_embedding"].shape)
+    assert dataclasses.replace(found[0], arrays=arrays).fingerprint() == one
+
+
 # --- through ---
 
 
