@@ -259,6 +259,28 @@ class MeshConfig(Checked):
 
 
 @dataclasses.dataclass
+class EvaluationConfig(Checked):
+    """What a run is measured by while it trains, on all devices; by its moving averages, where it has them."""
+
+    tasks: str | None = None  # "zeroshot_classification=tfds:captioned_digits:test"; several with ";" between them
+    every: int = 1000  # steps, and after the last one
+
+    def check(self) -> None:
+        _require(self.every > 0, f"evaluation.every={self.every} must be at least 1")
+        for task, spec in self.measures():
+            _require(
+                bool(task and spec),
+                f"evaluation.tasks={self.tasks!r} should be TASK=DATASET, such as "
+                "zeroshot_classification=tfds:captioned_digits:test, several with ; between them",
+            )
+
+    def measures(self) -> list[tuple[str, str]]:
+        """Returns (task, data set) of all that is measured."""
+        parts = [part.partition("=") for part in (self.tasks or "").split(";") if part.strip()]
+        return [(task.strip(), spec.strip()) for task, _, spec in parts]
+
+
+@dataclasses.dataclass
 class Config(Checked):
     """A whole run."""
 
@@ -267,6 +289,7 @@ class Config(Checked):
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
     init_from: str | None = None  # weights to start from: all that clip_jax.load takes; None: drawn
     microbatch: int | None = None  # pairs, over all devices, whose activations are held at once; None: global_batch
     seed: int = 0  # of the parameters, the order of the data and its augmentation
@@ -276,6 +299,7 @@ class Config(Checked):
     checkpoint_minutes: float | None = None  # or when so many have gone by, looked at when something is logged
     keep_checkpoints: int = 2  # the latest n stay
     keep_every: int | None = None  # steps; the checkpoints of its multiples stay for ever
+    keep_best: str | None = None  # a metric of evaluation.tasks, "DATASET_SPLIT_TASK/acc1": where it is highest stays
     skip_limit: int = 20  # updates in a row that may be skipped, because something was not finite; then the run stops
     wandb: str | None = None  # the project of Weights & Biases to which the metrics go, too; None: not used
 
@@ -354,6 +378,8 @@ FREE_ON_RESUME = (
     "checkpoint_minutes",
     "keep_checkpoints",
     "keep_every",
+    "keep_best",
+    "evaluation",
     "skip_limit",
     "wandb",
     "data.train",  # where it lies; what it holds may not, unless the next says so

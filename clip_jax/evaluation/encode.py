@@ -47,8 +47,8 @@ class Encoded(NamedTuple):
     captions: list[tuple[str, ...]]
 
 
-def encode_images(model: Encoder, source: Source) -> Encoded:
-    """Returns the L2-normalised embedding of every image, in the order of the source.
+def encode_images(model: Encoder, source: Source, *, shows: bool = True) -> Encoded:
+    """Returns the L2-normalised embedding of every image, in the order of the source; `shows` how far it is.
 
     Raises:
         UserError: an image that cannot be read, or embeddings that are not finite.
@@ -59,7 +59,11 @@ def encode_images(model: Encoder, source: Source) -> Encoded:
     console = rich.console.Console(stderr=True)
     total = -(-len(source) // BATCH)
     for images, part in rich.progress.track(
-        batches, f"{source.name}:{source.split}", total=total, console=console, disable=not console.is_terminal
+        batches,
+        f"{source.name}:{source.split}",
+        total=total,
+        console=console,
+        disable=not (shows and console.is_terminal),
     ):
         embeddings = l2_normalise(model.encode_image(normalise_pixels(images, arch.preprocess)))
         features.append(np.asarray(embeddings))

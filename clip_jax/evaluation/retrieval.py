@@ -5,6 +5,7 @@ import numpy as np
 from clip_jax.typing import Bool, Float, Int
 
 RECALLS_AT = (1, 5, 10)
+METRICS = tuple(f"{which}_retrieval_recall@{k}" for which in ("image", "text") for k in RECALLS_AT)
 BLOCK = 1024  # queries scored at a time: never the whole matrix
 
 

@@ -32,13 +32,13 @@ class Result(NamedTuple):
     pictures: dict[str, Picture]  # by the word that is added to the file's name
 
 
-def zeroshot_classification(model: Encoder, source: Source) -> Result:
+def zeroshot_classification(model: Encoder, source: Source, *, shows: bool = True) -> Result:
     """Returns how well the images are classified by their class names, with an ensemble of prompts."""
     names = source.classnames
     if not names:
         raise UserError(f"{source.name}:{source.split} has no classes; try --task=zeroshot_retrieval")
     templates = templates_for(source.name)
-    images = encode_images(model, source)
+    images = encode_images(model, source, shows=shows)
     classes = zero_shot.classifier(model, names, templates)
     labels = np.array(images.labels)
     predictions = zero_shot.Predictions(images.img_BE @ classes.T, labels)
@@ -56,9 +56,9 @@ def zeroshot_classification(model: Encoder, source: Source) -> Result:
     )
 
 
-def zeroshot_retrieval(model: Encoder, source: Source) -> Result:
+def zeroshot_retrieval(model: Encoder, source: Source, *, shows: bool = True) -> Result:
     """Returns how often texts find their image, and images one of their texts."""
-    images = encode_images(model, source)
+    images = encode_images(model, source, shows=shows)
     texts = list(itertools.chain.from_iterable(images.captions))
     image_of_text = np.repeat(np.arange(len(source)), [len(captions) for captions in images.captions])
     embeddings = encode_texts(model, texts)
@@ -74,6 +74,7 @@ def zeroshot_retrieval(model: Encoder, source: Source) -> Result:
 
 
 TASKS = {"zeroshot_classification": zeroshot_classification, "zeroshot_retrieval": zeroshot_retrieval}
+METRICS = {"zeroshot_classification": zero_shot.METRICS, "zeroshot_retrieval": retrieval.METRICS}  # that are found
 NEEDS = {"zeroshot_classification": ("image", "label"), "zeroshot_retrieval": ("image", "captions")}  # of a record
 
 
@@ -86,22 +87,31 @@ def evaluate(model: Encoder, source: Source, task: str, *, output: str | os.Path
     if task not in TASKS:
         raise UserError(f"unknown task {task!r}{nearest(task, TASKS)}")
     found = TASKS[task](model, source)
-    result = {
-        "dataset": source.name,
-        "model": model.name,
-        "pretrained": model.pretrained,
-        "task": task,
-        "metrics": found.metrics,
-        "language": "en",
-    }
-    path = Path(output)
-    write_text(path, json.dumps(result, indent=2) + "\n")
+    path, result = Path(output), in_schema(model, source, task, found.metrics)
+    write_result(path, result)
     pictures = []
     for word, draw in found.pictures.items():
         pictures.append(path.with_name(f"{path.stem}_{word}.png"))
         draw(pictures[-1])
     _print(result, source, [path, *pictures])
     return result
+
+
+def in_schema(model: Encoder, source: Source, task: str, metrics: dict[str, float]) -> dict:
+    """Returns a result as CLIP_benchmark writes it."""
+    return {
+        "dataset": source.name,
+        "model": model.name,
+        "pretrained": model.pretrained,
+        "task": task,
+        "metrics": metrics,
+        "language": "en",
+    }
+
+
+def write_result(path: Path, result: dict) -> None:
+    """Writes a result's JSON file."""
+    write_text(path, json.dumps(result, indent=2) + "\n")
 
 
 def _matches(source: Source, captions: list[str], scores: np.ndarray, right: Callable[[int, int], bool]):

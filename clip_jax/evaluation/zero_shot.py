@@ -10,6 +10,8 @@ from clip_jax.evaluation.encode import TextEncoder, encode_texts
 from clip_jax.models.clip import l2_normalise
 from clip_jax.typing import Float, Int
 
+METRICS = ("acc1", "acc5", "mean_per_class_recall")
+
 
 class Predictions(NamedTuple):
     """Cosine similarities of every image with every class, and the truth."""

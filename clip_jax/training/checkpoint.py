@@ -43,6 +43,7 @@ class Keep:
 
     latest: int  # so many
     every: int | None = None  # and those of the multiples of so many steps
+    best: str | None = None  # and that one where this metric was highest
 
 
 class Checkpoints:
@@ -68,6 +69,9 @@ class Checkpoints:
         kept = [] if keep is None else [policies.LatestN(keep.latest)]
         if keep is not None and keep.every is not None:
             kept.append(policies.EveryNSteps(keep.every))
+        if keep is not None and keep.best is not None:
+            highest = {"get_metric_fn": lambda metrics: metrics[keep.best], "keep_checkpoints_without_metrics": False}
+            kept.append(policies.BestN(n=1, **highest))
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
@@ -85,8 +89,9 @@ class Checkpoints:
         """Returns the last step that was saved whole, or None."""
         return self._manager.latest_step()
 
-    def save(self, state: TrainState, position: dict[str, Any]) -> None:
-        """Starts writing the state and its place in the data; returns as soon as the arrays are copied."""
+    def save(self, state: TrainState, position: dict[str, Any], metrics: dict[str, float] | None = None) -> None:
+        """Starts writing the state and its place in the data; returns as soon as the arrays are copied. `metrics` are
+        what the state was measured by."""
         ema = _some(**state.ema._asdict())
         trees = _some(params=state.params, statistics=state.statistics, optimizer=state.optimizer, ema=ema)
         items = {name: ocp.args.PyTreeSave(tree) for name, tree in trees.items()}
@@ -94,7 +99,8 @@ class Checkpoints:
             self._manager.wait_until_finished()  # of the step that was saved before, its checksums too
         self._saving, self._saved_at = int(state.step), time.monotonic()
         with self._writing():
-            self._manager.save(self._saving, args=ocp.args.Composite(**items, position=ocp.args.JsonSave(position)))
+            items["position"] = ocp.args.JsonSave(position)
+            self._manager.save(self._saving, args=ocp.args.Composite(**items), metrics=metrics or None)
 
     def are_due(self, minutes: float | None) -> bool:
         """Returns whether the last save was longer ago, by the first process's clock. All call it at the same step.

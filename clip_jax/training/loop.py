@@ -17,6 +17,7 @@ from clip_jax.errors import UserError
 from clip_jax.models import variants
 from clip_jax.preemption import Preempted, never
 from clip_jax.training.checkpoint import Checkpoints, Keep, changed_data
+from clip_jax.training.evaluation import Evaluation, open_measures
 from clip_jax.training.feed import Bad, BadLimit, Feed, in_words
 from clip_jax.training.incidents import Incidents
 from clip_jax.training.metrics import MetricsLog, Progress, StepClock
@@ -55,6 +56,7 @@ def train(
     program = assemble(config, devices, records=len(source), arch=arch)
     last_step = program.steps.total
     tokenizer = folder.tokenizer_for(config.model, arch, weights and weights.tokenizer)
+    measures = open_measures(config)
     traced = window(profile, done=folder.latest_step() or 0, total=last_step) if profile else None
     check_wandb(config)
     facts = _facts(program, tokenizer, source, folder)
@@ -64,7 +66,7 @@ def train(
     is_first = jax.process_index() == 0  # of the processes: it alone writes, but for checkpoints
     if is_first and not folder.is_claimed():
         folder.claim(config, arch, tokenizer, variant=program.variant)
-    with Checkpoints(folder.checkpoints, keep=Keep(config.keep_checkpoints, config.keep_every)) as checkpoints:
+    with Checkpoints(folder.checkpoints, keep=_keep(config)) as checkpoints:
         latest, damaged = checkpoints.last_whole()
         start, unlogged = latest or 0, {}
         if start:
@@ -93,6 +95,7 @@ def train(
             usage = Usage.of(program)
             for line in (*_introduction(program, source, start), usage.described(), *log.described(), *set_aside):
                 progress.say(line)
+            evaluation = Evaluation(measures, program, folder.tokenizer(), folder) if measures else None
             limit = BadLimit(config.data.bad_limit, seen=start * config.data.global_batch)
             for step in range(start + 1, last_step + 1):
                 profiler.begins(step)
@@ -103,25 +106,30 @@ def train(
                 incidents.dispatched(step, metrics["loss"], metrics.pop("finite"))
                 profiler.dispatched(step, metrics["loss"])
                 progress.advance(step)
-                problem = None
-                if logs := step == 1 or every(config.log_every, step, last_step):
+                problem, measured = None, {}
+                evaluates = evaluation is not None and every(config.evaluation.every, step, last_step)
+                if logs := step == 1 or every(config.log_every, step, last_step) or evaluates:
                     scalars = {name: value.item() for name, value in jax.device_get(metrics).items()} | clock.lap()
                     scalars |= usage.scalars(scalars["pairs_per_second"])
                     scalars["data_wait"], bad = feed.report(scalars["data_wait"], progress.say)
                     incidents.read(progress.say)
-                    log.write(step, scalars | {"skipped": incidents.skipped}, bad)
+                    if evaluates:
+                        measured = evaluation.measured(state, progress.say)
+                        clock.lap()  # what it took is no training
+                    log.write(step, scalars | {"skipped": incidents.skipped} | measured, bad)
                     progress.show(step, scalars)
                     problem = limit.passed(step * config.data.global_batch, bad) or incidents.too_many()
                 ends = preempted(step)
                 if (
                     every(config.checkpoint_every, step, last_step)
                     or (logs and checkpoints.are_due(config.checkpoint_minutes))
+                    or (measured and config.keep_best)
                     or problem
                     or ends
                 ):
                     incidents.read(progress.say)
                     unlogged = {"incidents": incidents.state(), "bad_records": feed.unreported()}
-                    checkpoints.save(state, _position(config, source, step) | {"unlogged": unlogged})
+                    checkpoints.save(state, _position(config, source, step) | {"unlogged": unlogged}, measured)
                 if problem:
                     raise UserError(problem)
                 if ends:
@@ -144,6 +152,10 @@ def _first_state(program: Program, weights: Bundle | None) -> TrainState:
     """Returns the state before the first step."""
     assert (weights is None) == (program.config.init_from is None), "a run without a checkpoint has read its weights"
     return program.initial_state(None if weights is None else weights.arrays)
+
+
+def _keep(config: Config) -> Keep:
+    return Keep(config.keep_checkpoints, config.keep_every, config.keep_best)
 
 
 def _check_data(saved: dict[str, Any], current: dict[str, Any], config: Config) -> None:
