@@ -32,8 +32,8 @@ LAYERS = (
     ("clip_jax.training", "clip_jax.evaluation"),
     ("clip_jax.pretrained", "clip_jax.command", "clip_jax.supervisor"),
     (
-        *("clip_jax.api", "clip_jax.planning", "clip_jax.training.evaluation", "clip_jax.training.loop"),
-        *("clip_jax.training.report", "clip_jax.data.doctor", "clip_jax.data.__main__"),
+        *("clip_jax.api", "clip_jax.planning", "clip_jax.training.evaluation", "clip_jax.training.journal"),
+        *("clip_jax.training.loop", "clip_jax.training.report", "clip_jax.data.doctor", "clip_jax.data.__main__"),
     ),
     ("clip_jax",),  # the public surface
     ("train", "eval", "convert_weights", "examples", "configs"),

@@ -56,12 +56,12 @@ def open_measures(config: Config) -> list[Measure]:
 class Evaluation:
     """Measures a run, and writes what it finds as `eval.py` does, in WORKDIR/eval/<step>."""
 
-    def __init__(self, measures: list[Measure], program: Program, tokenizer: str | None, folder: Workdir):
+    def __init__(self, measures: list[Measure], program: Program, folder: Workdir):
         self._measures, self._folder = measures, folder
         self._model = OnMesh(
             program.definition,
             program.mesh,
-            make(program.architecture.tokenize, tokenizer),
+            make(program.architecture.tokenize, folder.tokenizer()),
             name=program.variant,
             pretrained=str(folder.path),
         )

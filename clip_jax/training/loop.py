@@ -9,23 +9,19 @@ import jax
 import joblib
 
 from clip_jax import distributed, pretrained, sharding
-from clip_jax.architecture import Architecture
 from clip_jax.config import Config, leaves
 from clip_jax.data.pipeline import training_pairs
 from clip_jax.data.sources import Source, open_training_source
 from clip_jax.errors import UserError
-from clip_jax.models import variants
 from clip_jax.preemption import Preempted, never
 from clip_jax.training.checkpoint import Checkpoints, Keep, changed_data
-from clip_jax.training.evaluation import Evaluation, open_measures
-from clip_jax.training.feed import Bad, BadLimit, Feed, in_words
-from clip_jax.training.incidents import Incidents
-from clip_jax.training.metrics import MetricsLog, Progress, StepClock
-from clip_jax.training.profiler import Profiler, window
+from clip_jax.training.evaluation import open_measures
+from clip_jax.training.feed import Bad, Feed
+from clip_jax.training.journal import Journal, every
+from clip_jax.training.profiler import window
 from clip_jax.training.program import Program, assemble
 from clip_jax.training.sinks import check_wandb
 from clip_jax.training.state import TrainState
-from clip_jax.training.usage import Usage
 from clip_jax.weights.bundle import Bundle
 from clip_jax.workdir import Workdir
 
@@ -80,64 +76,34 @@ def train(
             # Again, with what may change: the mesh, cadences, where the data lies.
             folder.claim(config, arch, variant=program.variant)
 
-        # 3. The data, from the example where the run is; and step by step. Metrics are read only when they are logged:
-        # the device is never waited for in between.
+        # 3. The data, from the example where the run is; and step by step.
         with (
-            MetricsLog(folder if is_first else None, config, resumed_at=start) as log,
-            Progress(last_step, done=start, quiet=not is_first) as progress,
             _feed(program, tokenizer, source, start, unlogged.get("bad_records")) as feed,
-            Incidents(
-                folder.incidents_file if is_first else None, feed.records, config.skip_limit, unlogged.get("incidents")
-            ) as incidents,
-            StepClock(config.data.global_batch) as clock,
-            Profiler(traced if is_first else None, folder.profile, progress.say) as profiler,
+            Journal(program, folder, feed, measures, start=start, unlogged=unlogged, traced=traced) as journal,
         ):
-            usage = Usage.of(program)
-            for line in (*_introduction(program, source, start), usage.described(), *log.described(), *set_aside):
-                progress.say(line)
-            evaluation = Evaluation(measures, program, folder.tokenizer(), folder) if measures else None
-            limit = BadLimit(config.data.bad_limit, seen=start * config.data.global_batch)
+            journal.begins([*_introduction(program, source, start), *set_aside])
             for step in range(start + 1, last_step + 1):
-                profiler.begins(step)
-                with clock.waiting_for_data():
-                    batch = next(feed)
+                batch = journal.batch(step)
                 state, metrics = program.train_step(state, batch)
-                clock.dispatched(metrics["loss"])
-                incidents.dispatched(step, metrics["loss"], metrics.pop("finite"))
-                profiler.dispatched(step, metrics["loss"])
-                progress.advance(step)
-                problem, measured = None, {}
-                evaluates = evaluation is not None and every(config.evaluation.every, step, last_step)
-                if logs := step == 1 or every(config.log_every, step, last_step) or evaluates:
-                    scalars = {name: value.item() for name, value in jax.device_get(metrics).items()} | clock.lap()
-                    scalars |= usage.scalars(scalars["pairs_per_second"])
-                    scalars["data_wait"], bad = feed.report(scalars["data_wait"], progress.say)
-                    incidents.read(progress.say)
-                    if evaluates:
-                        measured = evaluation.measured(state, progress.say)
-                        clock.lap()  # what it took is no training
-                    log.write(step, scalars | {"skipped": incidents.skipped} | measured, bad)
-                    progress.show(step, scalars)
-                    problem = limit.passed(step * config.data.global_batch, bad) or incidents.too_many()
+                journal.dispatched(step, metrics)
+                logged = journal.log(step, metrics, state)
                 ends = preempted(step)
                 if (
                     every(config.checkpoint_every, step, last_step)
-                    or (logs and checkpoints.are_due(config.checkpoint_minutes))
-                    or (measured and config.keep_best)
-                    or problem
+                    or (logged and checkpoints.are_due(config.checkpoint_minutes))
+                    or (journal.measured and config.keep_best)
+                    or journal.problem
                     or ends
                 ):
-                    incidents.read(progress.say)
-                    unlogged = {"incidents": incidents.state(), "bad_records": feed.unreported()}
-                    checkpoints.save(state, _position(config, source, step) | {"unlogged": unlogged}, measured)
-                if problem:
-                    raise UserError(problem)
+                    position = _position(config, source, step) | {"unlogged": journal.unlogged()}
+                    checkpoints.save(state, position, journal.measured)
+                if journal.problem:
+                    raise UserError(journal.problem)
                 if ends:
-                    progress.say(f"SIGTERM: saved at step {step}; the same command goes on from there")
+                    journal.say(f"SIGTERM: saved at step {step}; the same command goes on from there")
                     return
-            if bad := log.bad():
-                progress.say(f"left out {in_words(bad)}")
-            progress.say(f"trained to step {last_step}; the run is in {workdir}")
+            journal.ends()
+            journal.say(f"trained to step {last_step}; the run is in {workdir}")
 
 
 def _architecture(config: Config, folder: Workdir, weights: Bundle | None) -> Architecture:
@@ -171,11 +137,6 @@ def _introduction(program: Program, source: Source, start: int) -> list[str]:
         lines.append(f"weights: from {program.config.init_from}")
     lines += [f"data: {len(source):,} records of {program.config.data.train}", *source.inventory().said()]
     return lines + ([f"resumed at step {start}"] if start else [])
-
-
-def every(n: int, step: int, last: int) -> bool:
-    """Returns whether something that happens every `n` steps, and at the last one, happens now."""
-    return step % n == 0 or step == last
 
 
 # What each process may be told in its own way: where its host keeps the data, and how it reads them.
