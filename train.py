@@ -1,6 +1,7 @@
 """Trains a CLIP: python train.py --config=configs/quickstart.py --workdir=DIR [--config.optim.learning_rate=1e-3 …]
 
-Run the same command again and it goes on where it was. On several hosts, start it on each: see docs/scaling.md.
+Run the same command again and it goes on where it was; SIGTERM makes it save and end. On several hosts, start it on
+each: see docs/scaling.md.
 """
 
 from pathlib import Path
@@ -14,6 +15,7 @@ CONFIG = config_flags.DEFINE_config_file("config", None, "a file in configs/, an
 WORKDIR = flags.DEFINE_string("workdir", None, "the run's folder: config, metrics, checkpoints")
 COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where JAX does not find it by itself")
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "how many processes the run has; goes with --coordinator")
+PROFILE = flags.DEFINE_string("profile", None, "FIRST:LAST steps to trace, but not a start's first, which compiles")
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "which of them this is, from 0 on; goes with --coordinator")
 
 
@@ -21,10 +23,10 @@ def main() -> None:
     command.require("config", "workdir")
     config, workdir = command.checked(CONFIG.value), Path(WORKDIR.value)
     cluster = distributed.find(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
-    with supervisor.watched(cluster, workdir):
+    with supervisor.watched(cluster, workdir) as preempted:
         from clip_jax.training.loop import train  # not before: jax has to join the others first
 
-        train(config, workdir)
+        train(config, workdir, preempted=preempted, profile=PROFILE.value)
 
 
 if __name__ == "__main__":

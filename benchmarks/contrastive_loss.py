@@ -30,7 +30,7 @@ def program(form: str, pairs: int, width: int, devices: int) -> jax.stages.Compi
     ring = losses.ring_for(LossConfig(form=form), mesh, sharding.BATCH_AXES, pairs)
 
     def loss(img_BE, txt_BE, scale, valid_B):
-        return losses.softmax(img_BE, txt_BE, scale=scale, valid_B=valid_B, ring=ring)
+        return losses.softmax(img_BE, txt_BE, scale=scale, valid_B=valid_B, ring=ring).loss
 
     def shape(*sizes: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
         spec = sharding.BATCH if sizes else jax.sharding.PartitionSpec()

@@ -164,6 +164,7 @@ class OptimConfig(Checked):
     b2: float = 0.98  # of Adafactor the upper limit
     eps: float = 1e-6  # AdamW's, and that of Muon's Adam
     clip_norm: float | None = None  # of the gradient of all that is trained; None: not clipped
+    ema: float | None = None  # of the weights: so much of their moving averages stays at a step; None: there are none
     layer_decay: float | None = None  # of the learning rate, from each layer of a tower to the one before it
     factors: str | None = None  # of the learning rate, by pattern: "image/.*=0.1;logit_scale=0.5"
     frozen: str | None = None  # patterns of what is not trained: "image/.*;text/token_embedding"
@@ -191,6 +192,7 @@ class OptimConfig(Checked):
         _require(
             self.clip_norm is None or self.clip_norm > 0, f"optim.clip_norm={self.clip_norm} must be positive, or None"
         )
+        _require(self.ema is None or 0 < self.ema < 1, f"optim.ema={self.ema} must be in (0, 1), or None")
         _require(
             self.layer_decay is None or 0 < self.layer_decay <= 1,
             f"optim.layer_decay={self.layer_decay} must be in (0, 1], or None",
@@ -271,16 +273,32 @@ class Config(Checked):
     duration: str = "10_000 steps"  # or "400M examples", "32 epochs"
     log_every: int = 10  # steps
     checkpoint_every: int = 1000  # steps; the last step is always kept
+    checkpoint_minutes: float | None = None  # or when so many have gone by, looked at when something is logged
     keep_checkpoints: int = 2  # the latest n stay
+    keep_every: int | None = None  # steps; the checkpoints of its multiples stay for ever
+    skip_limit: int = 20  # updates in a row that may be skipped, because something was not finite; then the run stops
+    wandb: str | None = None  # the project of Weights & Biases to which the metrics go, too; None: not used
 
     def check(self) -> None:
         _require(0 <= self.seed < 2**32, f"seed={self.seed} must be in [0, 2**32)")
-        for name in ("log_every", "checkpoint_every", "keep_checkpoints"):
+        for name in ("log_every", "checkpoint_every", "keep_checkpoints", "skip_limit"):
             _require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("checkpoint_minutes", "keep_every"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, f"{name}={value} must be positive, or None")
         _require(self.microbatch is None or self.microbatch > 0, f"microbatch={self.microbatch} must be at least 1")
+        _require(
+            self.wandb is None or re.fullmatch(r"[^/\\#?%:]{1,128}", self.wandb) is not None,
+            f"wandb={self.wandb!r} must be the name of a project: 128 letters at most, and none of / \\ # ? % :",
+        )
         _require(
             self.init_from is not None or self.model.variant is not None,
             "model.variant=None is for a run whose init_from says what its model is; set one of the two",
+        )
+        _require(
+            self.optim.ema is None or self.model.lora_rank is None,
+            f"optim.ema={self.optim.ema} averages weights, and with model.lora_rank={self.model.lora_rank} adapters "
+            "alone are trained, whose averaged product is not the product of their averages; leave one of the two out",
         )
         _require(
             self.init_from is not None or self.model.lora_rank is None,
@@ -333,7 +351,11 @@ FREE_ON_RESUME = (
     "microbatch",  # but not a ResNet's: batch norm sees each part by itself
     "log_every",
     "checkpoint_every",
+    "checkpoint_minutes",
     "keep_checkpoints",
+    "keep_every",
+    "skip_limit",
+    "wandb",
     "data.train",  # where it lies; what it holds may not, unless the next says so
     "data.accept_changes",
     "data.bad_limit",

@@ -126,8 +126,7 @@ def joined(cluster: Cluster) -> Iterator[None]:
     """
     import jax
 
-    # It would keep SIGTERM to itself, for a loop that asks whether there was one.
-    jax.config.update("jax_enable_preemption_service", False)
+    jax.config.update("jax_enable_preemption_service", True)  # SIGTERM to any process is for all: see `preempted`
     try:
         jax.distributed.initialize(
             **cluster.arguments,
@@ -144,6 +143,16 @@ def joined(cluster: Cluster) -> Iterator[None]:
         atexit.register(_leave)  # once it is said: if no other process has found it, that takes a while
         raise
     _leave()
+
+
+def preempted(step: int) -> bool:
+    """Returns whether this is the step at which all processes are to save and to end, for one of them got SIGTERM.
+
+    All ask after every step. JAX settles on the first step that none of them has begun.
+    """
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.reached_preemption_sync_point(step)
 
 
 def _leave() -> None:

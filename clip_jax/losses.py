@@ -1,4 +1,5 @@
-"""The contrastive losses: normalised embeddings of the global batch in, one number out. They know no model.
+"""The contrastive losses: normalised embeddings of the global batch in, one number out, and beside it how many pairs
+have found each other. They know no model.
 
 Softmax (InfoNCE; CLIP, arXiv 2103.00020) and sigmoid (SigLIP, arXiv 2303.15343), each in two forms that give the same
 number and the same gradients, in float32 or wider when the embeddings are:
@@ -10,6 +11,9 @@ number and the same gradients, in float32 or wider when the embeddings are:
 
 A pair that is not valid is neither a positive nor anybody's negative: the result is that of the batch without it.
 Without any valid pair it is 0.
+
+An image has found its text when no other text of the batch is as near to it; a text its image likewise. Equals are not
+told apart: a collapsed model finds nothing. The forward pass has all it takes.
 """
 
 import dataclasses
@@ -39,6 +43,14 @@ DENSE_LOGITS = 4096**2  # a device: 64 MB, and five times that for what is made 
 DENSE_PAIRS = 65_536  # in all: texts and two gradients that are whole on every device, 0.6 GB at width 768
 
 HIGHEST = jax.lax.Precision.HIGHEST  # else a TPU multiplies float32 as bfloat16: cosines would be off by 2^-8
+
+
+class Contrast(NamedTuple):
+    """What comes of contrasting the pairs of a global batch."""
+
+    loss: Float[jax.Array, ""]
+    image_to_text_accuracy: Float[jax.Array, ""]  # share of valid pairs whose image has found its text
+    text_to_image_accuracy: Float[jax.Array, ""]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,26 +101,26 @@ def softmax(
     scale: Float[jax.Array, ""],
     valid_B: Bool[jax.Array, " B"],
     ring: Ring | None = None,
-) -> Float[jax.Array, ""]:
-    """Returns the symmetric InfoNCE loss, averaged over valid pairs (CLIP, arXiv 2103.00020, figure 3).
+) -> Contrast:
+    """Returns the symmetric InfoNCE loss, averaged over valid pairs (CLIP, arXiv 2103.00020, figure 3), and who found.
 
     A row costs log Σⱼ exp lᵢⱼ − lᵢᵢ, written as log(1 + Σ_{j≠i} exp(lᵢⱼ − lᵢᵢ)): the same number, without the
     difference of two large ones that would be all rounding once a model has learnt its pairs.
     """
     img_BE, txt_BE, scale = _widened(img_BE, txt_BE, scale, valid_B)
     if ring is not None:
-        return _mean(_softmax_costs(ring, img_BE, txt_BE, scale, valid_B), valid_B)
+        return _contrast(*_softmax_costs(ring, img_BE, txt_BE, scale, valid_B), valid_B)
     cosines_BB = _matmul(img_BE, txt_BE.T)
     positive_B = jnp.diagonal(cosines_BB)
     negative_BB = valid_B[:, None] & valid_B & ~jnp.eye(len(valid_B), dtype=bool)
 
-    def cost(margin_BB: jax.Array, axis: int) -> jax.Array:
+    def cost(margin_BB: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
         logits_BB = jnp.where(negative_BB, scale * margin_BB, ABSENT)
-        return jax.nn.softplus(jax.nn.logsumexp(logits_BB, axis=axis))
+        return jax.nn.softplus(jax.nn.logsumexp(logits_BB, axis=axis)), _found(logits_BB.max(axis), scale, img_BE)
 
-    image_to_text_B = cost(cosines_BB - positive_B[:, None], axis=1)
-    text_to_image_B = cost(cosines_BB - positive_B, axis=0)
-    return _mean((image_to_text_B + text_to_image_B) / 2, valid_B)
+    image_to_text_B, text_found_B = cost(cosines_BB - positive_B[:, None], axis=1)
+    text_to_image_B, image_found_B = cost(cosines_BB - positive_B, axis=0)
+    return _contrast((image_to_text_B + text_to_image_B) / 2, text_found_B, image_found_B, valid_B)
 
 
 def sigmoid(
@@ -119,16 +131,19 @@ def sigmoid(
     bias: Float[jax.Array, ""],
     valid_B: Bool[jax.Array, " B"],
     ring: Ring | None = None,
-) -> Float[jax.Array, ""]:
+) -> Contrast:
     """Returns the sum of −log σ(±(scale·cosine + bias)) over all combinations, + for pairs and − for others, over the
-    number of valid pairs (SigLIP, arXiv 2303.15343, equation 1 and algorithm 1)."""
+    number of valid pairs (SigLIP, arXiv 2303.15343, equation 1 and algorithm 1), and who found."""
     img_BE, txt_BE, scale, bias = *_widened(img_BE, txt_BE, scale, valid_B), bias.astype(img_BE.dtype)
     if ring is not None:
-        return _mean(_sigmoid_costs(ring, img_BE, txt_BE, scale, bias, valid_B), valid_B)
-    logits_BB = scale * _matmul(img_BE, txt_BE.T) + bias
+        return _contrast(*_sigmoid_costs(ring, img_BE, txt_BE, scale, bias, valid_B), valid_B)
+    cosines_BB = _matmul(img_BE, txt_BE.T)
+    logits_BB, own_BB = scale * cosines_BB + bias, jnp.eye(len(valid_B), dtype=bool)
     there_BB = valid_B[:, None] & valid_B
-    cost_BB = jax.nn.softplus(jnp.where(jnp.eye(len(valid_B), dtype=bool), -logits_BB, logits_BB))
-    return _mean(jnp.where(there_BB, cost_BB, 0).sum(1), valid_B)
+    cost_BB = jax.nn.softplus(jnp.where(own_BB, -logits_BB, logits_BB))
+    others_BB = jnp.where(there_BB & ~own_BB, cosines_BB, ABSENT)
+    found = (_found(others_BB.max(axis) - jnp.diagonal(cosines_BB), 1.0, img_BE) for axis in (1, 0))
+    return _contrast(jnp.where(there_BB, cost_BB, 0).sum(1), *found, valid_B)
 
 
 def _widened(img_BE: jax.Array, txt_BE: jax.Array, scale: jax.Array, valid_B: jax.Array) -> tuple[jax.Array, ...]:
@@ -140,6 +155,19 @@ def _widened(img_BE: jax.Array, txt_BE: jax.Array, scale: jax.Array, valid_B: ja
 
 def _matmul(x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.matmul(x, y, precision=HIGHEST)
+
+
+def _found(margin: jax.Array, scale: jax.Array | float, img: jax.Array) -> jax.Array:
+    """Returns whether the nearest other is further off than a pair's own, given scale · (its cosine − the own one).
+
+    By more than rounding: a cosine of E terms is known to about √E/2 eps, and equals may come out a little different.
+    """
+    return margin < -scale * math.sqrt(img.shape[-1]) * jnp.finfo(img.dtype).eps
+
+
+def _contrast(cost_B: jax.Array, text_found_B: jax.Array, image_found_B: jax.Array, valid_B: jax.Array) -> Contrast:
+    """Returns the means over valid pairs; 0 where there is none."""
+    return Contrast(*(_mean(x_B, valid_B) for x_B in (cost_B, text_found_B, image_found_B)))
 
 
 def _mean(cost_B: jax.Array, valid_B: jax.Array) -> jax.Array:
@@ -234,17 +262,27 @@ def _gradients(img_RtE, txt_RtE, scale, own_Rt, img_gradient_RtE, txt_gradient_R
 class Sums(NamedTuple):
     """What the negatives of rows, or of columns, amount to so far.
 
-    A fixed `top` would not do: at scale 100 margins span 200, and exp in float32 underflows at −104.
+    They are summed relative to the largest logit of all, the pair's own included. A fixed one would not do: at scale
+    100 margins span 200, and exp in float32 underflows at −104.
     """
 
-    top: jax.Array  # the largest margin lᵢⱼ − lᵢᵢ, but never below that of the pair itself, which is 0
+    nearest: jax.Array  # the largest margin lᵢⱼ − lᵢᵢ
     total: jax.Array  # Σ_{j≠i} exp(margin − top)
+
+    @classmethod
+    def none(cls, like: jax.Array) -> "Sums":
+        return cls(jnp.full_like(like, ABSENT), jnp.zeros_like(like))
+
+    @property
+    def top(self) -> jax.Array:
+        """Returns the largest margin, but never below that of the pair itself, which is 0."""
+        return jnp.maximum(self.nearest, 0)
 
     def with_more(self, margin_tu: jax.Array, axis: int) -> "Sums":
         """Returns them with more margins."""
-        top = jnp.maximum(self.top, margin_tu.max(axis))
-        more = jnp.exp(margin_tu - jnp.expand_dims(top, axis)).sum(axis)
-        return Sums(top, self.total * jnp.exp(self.top - top) + more)
+        sums = Sums(jnp.maximum(self.nearest, margin_tu.max(axis)), self.total)
+        more = jnp.exp(margin_tu - jnp.expand_dims(sums.top, axis)).sum(axis)
+        return sums._replace(total=self.total * jnp.exp(self.top - sums.top) + more)
 
     def cost(self) -> jax.Array:
         """Returns log(1 + Σ exp margin)."""
@@ -256,15 +294,15 @@ class Sums(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _softmax_costs(ring: Ring, img_BE, txt_BE, scale, valid_B) -> jax.Array:
-    """Returns what each pair costs: the mean of its row's and its column's −log softmax."""
+def _softmax_costs(ring: Ring, img_BE, txt_BE, scale, valid_B) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns what each pair costs, the mean of its row's and its column's −log softmax; whether its image has found
+    the text, and its text the image."""
     return _softmax_forward(ring, img_BE, txt_BE, scale, valid_B)[0]
 
 
 def _softmax_forward(ring: Ring, img_BE, txt_BE, scale, valid_B):
     def forward(img_RtE, txt_RtE, valid_Rt, scale):
         positive_Rt = (img_RtE * txt_RtE).sum(-1)
-        none = jnp.zeros_like(positive_Rt)
 
         def visit(image, text, there_tu, row, column):
             (img_tE, positive_t), (txt_uE, positive_u) = image, text
@@ -273,15 +311,17 @@ def _softmax_forward(ring: Ring, img_BE, txt_BE, scale, valid_B):
             column = column.with_more(jnp.where(there_tu, scale * (cosines_tu - positive_u), ABSENT), axis=0)
             return row, column
 
-        sums = Sums(none, none)
+        sums = Sums.none(positive_Rt)
         row, column = _meet_all(ring, visit, (img_RtE, positive_Rt), (txt_RtE, positive_Rt), valid_Rt, sums, sums)
-        return (row.cost() + column.cost()) / 2, (positive_Rt, row, column)
+        found = (_found(sums.nearest, scale, img_RtE) for sums in (row, column))
+        return ((row.cost() + column.cost()) / 2, *found), (positive_Rt, row, column)
 
-    cost_B, known = _on_devices(ring, forward, img_BE, txt_BE, valid_B, scale)
-    return cost_B, (img_BE, txt_BE, scale, valid_B, known)
+    costs, known = _on_devices(ring, forward, img_BE, txt_BE, valid_B, scale)
+    return costs, (img_BE, txt_BE, scale, valid_B, known)
 
 
-def _softmax_backward(ring: Ring, residuals, cost_gradient_B):
+def _softmax_backward(ring: Ring, residuals, gradients):
+    cost_gradient_B, *_ = gradients  # who found has none
     img_BE, txt_BE, scale, valid_B, known = residuals
 
     def backward(img_RtE, txt_RtE, valid_Rt, gradient_Rt, known, scale):
@@ -318,26 +358,36 @@ _softmax_costs.defvjp(_softmax_forward, _softmax_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _sigmoid_costs(ring: Ring, img_BE, txt_BE, scale, bias, valid_B) -> jax.Array:
-    """Returns what each image costs: −log σ(l) with its own text, −log σ(−l) with all others."""
+def _sigmoid_costs(ring: Ring, img_BE, txt_BE, scale, bias, valid_B) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns what each image costs, −log σ(l) with its own text, −log σ(−l) with all others; whether it has found its
+    text, and its text the image."""
     return _sigmoid_forward(ring, img_BE, txt_BE, scale, bias, valid_B)[0]
 
 
 def _sigmoid_forward(ring: Ring, img_BE, txt_BE, scale, bias, valid_B):
     def forward(img_RtE, txt_RtE, valid_Rt, scale, bias):
-        def visit(img_tE, txt_uE, there_tu, cost_t, nothing):
-            logits_tu = scale * _matmul(img_tE, txt_uE.T) + bias
-            return cost_t + jax.nn.softplus(jnp.where(there_tu, logits_tu, ABSENT)).sum(1), nothing
+        positive_Rt = (img_RtE * txt_RtE).sum(-1)
 
-        own_Rt = scale * (img_RtE * txt_RtE).sum(-1) + bias
-        none_Rt = jnp.zeros_like(own_Rt)
-        return _meet_all(ring, visit, img_RtE, txt_RtE, valid_Rt, none_Rt, ())[0] + jax.nn.softplus(-own_Rt)
+        def visit(image, text, there_tu, stay, nearest_u):
+            (img_tE, positive_t), (txt_uE, positive_u), (cost_t, nearest_t) = image, text, stay
+            cosines_tu = _matmul(img_tE, txt_uE.T)
+            cost_t = cost_t + jax.nn.softplus(jnp.where(there_tu, scale * cosines_tu + bias, ABSENT)).sum(1)
+            others_tu = jnp.where(there_tu, cosines_tu, ABSENT)
+            nearest_t = jnp.maximum(nearest_t, others_tu.max(1) - positive_t)
+            return (cost_t, nearest_t), jnp.maximum(nearest_u, others_tu.max(0) - positive_u)
 
-    cost_B = _on_devices(ring, forward, img_BE, txt_BE, valid_B, scale, bias)
-    return cost_B, (img_BE, txt_BE, scale, bias, valid_B)
+        cost_Rt = jax.nn.softplus(-(scale * positive_Rt + bias))
+        absent_Rt = jnp.full_like(positive_Rt, ABSENT)
+        images, texts = (img_RtE, positive_Rt), (txt_RtE, positive_Rt)
+        (cost_Rt, row_Rt), column_Rt = _meet_all(ring, visit, images, texts, valid_Rt, (cost_Rt, absent_Rt), absent_Rt)
+        return cost_Rt, *(_found(nearest_Rt, 1.0, img_RtE) for nearest_Rt in (row_Rt, column_Rt))
+
+    costs = _on_devices(ring, forward, img_BE, txt_BE, valid_B, scale, bias)
+    return costs, (img_BE, txt_BE, scale, bias, valid_B)
 
 
-def _sigmoid_backward(ring: Ring, residuals, cost_gradient_B):
+def _sigmoid_backward(ring: Ring, residuals, gradients):
+    cost_gradient_B, *_ = gradients  # who found has none
     img_BE, txt_BE, scale, bias, valid_B = residuals
 
     def backward(img_RtE, txt_RtE, valid_Rt, gradient_Rt, scale, bias):

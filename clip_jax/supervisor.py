@@ -14,23 +14,27 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
-from clip_jax import distributed
+from clip_jax import distributed, preemption
 from clip_jax.distributed import Cluster
 from clip_jax.errors import UserError
+from clip_jax.preemption import Preempted
 
 LOST = 75  # how the working process says that it lost another: EX_TEMPFAIL
 JOINED, MISTAKEN = b"j", b"m"  # what else it says, through a socket: that it has joined; that it found a mistake
 
 
 @contextlib.contextmanager
-def watched(cluster: Cluster | None, workdir: Path) -> Iterator[None]:
+def watched(cluster: Cluster | None, workdir: Path) -> Iterator[Preempted]:
     """Runs its block as one process of the cluster's, watched by another; without a cluster it just runs it.
+
+    Yields what says, when it is asked after every step, whether the run is to save and to end (SIGTERM).
 
     The watching process never comes back: it exits as the working one did (0 done, 2 the user's mistake), and with 1
     and an explanation when that has died.
     """
     if cluster is None:
-        yield
+        with preemption.heard() as preempted:
+            yield preempted
         return
     link = _fork(cluster, workdir)
     try:
@@ -38,7 +42,7 @@ def watched(cluster: Cluster | None, workdir: Path) -> Iterator[None]:
         with distributed.joined(cluster):
             signal.signal(signal.SIGINT, signal.default_int_handler)
             link.send(JOINED)
-            yield
+            yield distributed.preempted
     except UserError:
         link.send(MISTAKEN)
         raise

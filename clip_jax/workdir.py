@@ -3,10 +3,14 @@
 WORKDIR/config.json           the whole run ("config"), and what its weights mean ("variant", "architecture", "lora")
 WORKDIR/tokenizer.json        the tokenizer, where it is not CLIP's own
 WORKDIR/metrics.jsonl         one JSON object a logged step
+WORKDIR/incidents.jsonl       one JSON object for every update that was skipped and every loss that jumped
 WORKDIR/checkpoints/<step>/   Orbax
 WORKDIR/damaged/              checkpoints that were not as they were written, when the run was started again
 WORKDIR/eval/<step>/*.json    results, and the pictures beside them
 WORKDIR/tensorboard/          the scalars of metrics.jsonl
+WORKDIR/wandb/                Weights & Biases' files, and the run's id there
+WORKDIR/profile/              traces of --profile
+WORKDIR/curves.png            the curves that `python -m clip_jax.training.report` draws
 """
 
 import dataclasses
@@ -16,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from clip_jax.architecture import Architecture, Lora, ResNetTower
-from clip_jax.config import Config, ModelConfig, build, differences
+from clip_jax.config import FREE_ON_RESUME, Config, ModelConfig, build, differences
 from clip_jax.errors import UserError
 from clip_jax.files import read_text, write_text
 from clip_jax.tokenizer.file import FILE_NAME, FileTokenizer
@@ -41,12 +45,33 @@ class Workdir:
         return self.path / "metrics.jsonl"
 
     @property
+    def incidents_file(self) -> Path:
+        return self.path / "incidents.jsonl"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
     @property
     def tensorboard(self) -> Path:
         return self.path / "tensorboard"
+
+    @property
+    def wandb_id(self) -> Path:
+        return self.path / "wandb" / "id"
+
+    @property
+    def profile(self) -> Path:
+        return self.path / "profile"
+
+    @property
+    def curves(self) -> Path:
+        return self.path / "curves.png"
+
+    def evaluations(self) -> dict[int, list[Path]]:
+        """Returns the files of results, by step."""
+        folders = [path for path in self.path.glob("eval/*") if path.name.isdecimal()]
+        return {int(path.name): sorted(path.glob("*.json")) for path in sorted(folders, key=lambda p: int(p.name))}
 
     def evaluation(self, step: int) -> Path:
         return self.path / "eval" / str(step)
@@ -94,7 +119,10 @@ class Workdir:
             what = config.init_from or config.model.variant
             changed = [f"architecture of {what}: {self.architecture()} -> {architecture}"]
         if changed:
-            raise UserError(f"{self.path} belongs to another config ({'; '.join(changed)}); choose another workdir")
+            raise UserError(
+                f"{self.path} belongs to another config ({'; '.join(changed)}); choose another workdir. What may "
+                f"change when a run goes on: {', '.join(FREE_ON_RESUME)}"
+            )
 
     def is_claimed(self) -> bool:
         """Returns whether the folder is some run's."""

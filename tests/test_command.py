@@ -114,15 +114,15 @@ def test_an_override_reaches_the_run_as_a_value_of_its_type(args, path, value, m
     import train
 
     runs = []
-    monkeypatch.setattr("clip_jax.training.loop.train", lambda *run: runs.append(run))
-    monkeypatch.setattr(sys, "argv", ["train.py", CONFIG, f"--workdir={tmp_path}", *args])
+    monkeypatch.setattr("clip_jax.training.loop.train", lambda *run, profile, preempted: runs.append((*run, profile)))
+    monkeypatch.setattr(sys, "argv", ["train.py", CONFIG, f"--workdir={tmp_path}", "--profile=3:4", *args])
     monkeypatch.chdir(ROOT)
     with flagsaver.flagsaver():
         command.run(train.main)
-    ((config, workdir),) = runs
+    ((config, workdir, profile),) = runs
     found = {name: leaf for name, _, leaf in leaves(config)}
     assert (found[path], type(found[path])) == (value, type(value))
-    assert workdir == tmp_path
+    assert (workdir, profile) == (tmp_path, "3:4")
 
 
 def test_missing_flags_are_named(refusal, tmp_path):

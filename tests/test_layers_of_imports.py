@@ -15,11 +15,12 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     (
         *("clip_jax.typing", "clip_jax.errors", "clip_jax.config", "clip_jax.durations", "clip_jax.files"),
-        "clip_jax.architecture",
+        *("clip_jax.architecture", "clip_jax.preemption"),
     ),
     (
         "clip_jax.models",
         "clip_jax.losses",
+        "clip_jax.flops",
         "clip_jax.optim",
         "clip_jax.sharding",
         "clip_jax.distributed",
@@ -31,7 +32,7 @@ LAYERS = (
     ("clip_jax.training", "clip_jax.evaluation"),
     ("clip_jax.pretrained", "clip_jax.command", "clip_jax.supervisor"),
     (
-        *("clip_jax.api", "clip_jax.planning", "clip_jax.training.loop"),
+        *("clip_jax.api", "clip_jax.planning", "clip_jax.training.loop", "clip_jax.training.report"),
         *("clip_jax.data.doctor", "clip_jax.data.__main__"),
     ),
     ("clip_jax",),  # the public surface

@@ -1,4 +1,4 @@
-"""The softmax loss, value and gradients, against analytic NumPy in float64."""
+"""The softmax loss, value and gradients, against analytic NumPy in float64; and who found whom, in both losses."""
 
 import jax
 import jax.numpy as jnp
@@ -6,14 +6,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loss_oracles import EPS, pairs, softmax
+from loss_oracles import EPS, accuracies, pairs, softmax
 
 from clip_jax import losses
 
 
 @jax.jit
 def value_and_gradients(img, txt, scale, valid):
-    return jax.value_and_grad(lambda i, t, s: losses.softmax(i, t, scale=s, valid_B=valid), (0, 1, 2))(img, txt, scale)
+    def loss(img, txt, scale):
+        return losses.softmax(img, txt, scale=scale, valid_B=valid).loss
+
+    return jax.value_and_grad(loss, (0, 1, 2))(img, txt, scale)
 
 
 def assert_true(img, txt, scale, valid, *, bound: float) -> None:
@@ -76,13 +79,53 @@ def test_pairs_that_are_not_valid_may_hold_anything():
 
 def test_bfloat16_embeddings_are_scored_in_float32():
     img, txt = pairs(0, dtype=jnp.bfloat16)
-    loss = losses.softmax(img, txt, scale=START, valid_B=ALL)
+    loss = losses.softmax(img, txt, scale=START, valid_B=ALL).loss
     assert loss.dtype == jnp.float32
-    wide = losses.softmax(jnp.float32(img), jnp.float32(txt), scale=START, valid_B=ALL)
+    wide = losses.softmax(jnp.float32(img), jnp.float32(txt), scale=START, valid_B=ALL).loss
     np.testing.assert_array_equal(loss, wide)
 
 
 def test_images_and_texts_may_change_places():
     img, txt = pairs(0)
-    one, other = (losses.softmax(a, b, scale=START, valid_B=ALL) for a, b in ((img, txt), (txt, img)))
+    one, other = (losses.softmax(a, b, scale=START, valid_B=ALL).loss for a, b in ((img, txt), (txt, img)))
     np.testing.assert_allclose(one, other, rtol=2 * EPS)
+
+
+# --- who found whom ---
+
+
+def found(kind: str, img, txt, valid) -> tuple[float, float]:
+    bias = {"bias": jnp.float32(-10)} if kind == "sigmoid" else {}
+    _, *accuracies = getattr(losses, kind)(img, txt, scale=START, valid_B=jnp.asarray(valid), **bias)
+    return tuple(accuracy.item() for accuracy in accuracies)
+
+
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("noise", [None, 4.0, 0.3])
+def test_accuracies_are_the_shares_of_images_and_texts_that_are_nearest_to_their_own(kind, noise):
+    img, txt = pairs(0, noise=noise)
+    valid = np.random.default_rng(1).random(32) < 0.8
+    truth = accuracies(img, txt, valid)
+    assert found(kind, img, txt, valid) == pytest.approx(truth)
+    assert all(share == 1 if noise == 0.3 else 0 < share < 1 for share in truth)
+
+
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+def test_two_equal_texts_are_not_told_apart_unless_one_is_not_valid(kind):
+    img, txt = pairs(0, noise=0.3)
+    txt = txt.at[5].set(txt[9])
+    assert found(kind, img, txt, ALL) == pytest.approx((30 / 32, 31 / 32))  # text 5 is nearer to image 9
+    assert found(kind, img, txt, ALL.at[5].set(False)) == (1, 1)
+
+
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+def test_without_valid_pairs_nothing_is_found_and_a_single_one_finds_itself(kind):
+    none = jnp.zeros(32, bool)
+    assert found(kind, *pairs(0), none) == (0, 0)
+    assert found(kind, *pairs(0), none.at[4].set(True)) == (1, 1)
+
+
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+def test_a_model_whose_embeddings_are_not_finite_finds_nothing(kind):
+    img, txt = pairs(0, noise=0.3)
+    assert found(kind, img * jnp.nan, txt, ALL) == (0, 0)

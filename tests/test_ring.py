@@ -1,4 +1,5 @@
-"""The ring: the same losses and gradients as dense float64, on any number of devices, in memory that grows with B."""
+"""The ring: the same losses, gradients and finds as dense float64, on any number of devices, in memory that grows with
+B."""
 
 import functools
 import re
@@ -38,24 +39,31 @@ def ring(sizes: tuple[int, int, int], tile: int) -> losses.Ring:
 
 @functools.cache
 def value_and_gradients(kind: str, around: losses.Ring | None):
-    """Returns the compiled loss and its gradients, by (img, txt, scale, bias); the softmax has no bias."""
+    """Returns the compiled (loss, accuracies), and the loss's gradients by (img, txt, scale, bias); the softmax has no
+    bias."""
 
     def softmax(img, txt, scale, bias, valid):
-        return losses.softmax(img, txt, scale=scale, valid_B=valid, ring=around)
+        loss, *accuracies = losses.softmax(img, txt, scale=scale, valid_B=valid, ring=around)
+        return loss, accuracies
 
     def sigmoid(img, txt, scale, bias, valid):
-        return losses.sigmoid(img, txt, scale=scale, bias=bias, valid_B=valid, ring=around)
+        loss, *accuracies = losses.sigmoid(img, txt, scale=scale, bias=bias, valid_B=valid, ring=around)
+        return loss, accuracies
 
-    return jax.jit(jax.value_and_grad({"softmax": softmax, "sigmoid": sigmoid}[kind], (0, 1, 2, 3)))
+    return jax.jit(jax.value_and_grad({"softmax": softmax, "sigmoid": sigmoid}[kind], (0, 1, 2, 3), has_aux=True))
 
 
 def assert_true(kind, around, img, txt, scale: float, valid, *, relative: float, floor: float) -> None:
-    """Checks the value and all gradients: embeddings' by their largest, with floors where the truth is nothing."""
-    found, (img_grad, txt_grad, scale_grad, bias_grad) = value_and_gradients(kind, around)(
+    """Checks the value and all gradients: embeddings' by their largest, with floors where the truth is nothing; and who
+    found whom."""
+    (found, accuracies), (img_grad, txt_grad, scale_grad, bias_grad) = value_and_gradients(kind, around)(
         img, txt, jnp.asarray(scale, img.dtype), jnp.asarray(BIAS, img.dtype), jnp.asarray(valid)
     )
     arguments = (scale, valid) if kind == "softmax" else (scale, BIAS, valid)
     truth = getattr(loss_oracles, kind)(img, txt, *arguments)
+    np.testing.assert_allclose(
+        accuracies, loss_oracles.accuracies(img, txt, valid, jnp.finfo(img.dtype).eps), rtol=1e-6
+    )
     assert all(np.isfinite(x).all() for x in (found, img_grad, txt_grad, scale_grad, bias_grad))
     assert abs(found - truth.loss) <= relative * truth.loss + floor * scale
     for gradient, expected in ((img_grad, truth.img), (txt_grad, truth.txt)):
@@ -122,7 +130,7 @@ def test_the_ring_is_the_dense_form_under_another_weighting_of_the_loss(kind):
             one = {"softmax": losses.softmax, "sigmoid": functools.partial(losses.sigmoid, bias=jnp.float32(BIAS))}[
                 kind
             ]
-            return 3 * one(img, txt, scale=jnp.float32(14), valid_B=jnp.ones(SIZE, bool), ring=around) ** 2
+            return 3 * one(img, txt, scale=jnp.float32(14), valid_B=jnp.ones(SIZE, bool), ring=around).loss ** 2
 
         return jax.jit(jax.grad(loss, (0, 1)))(img, txt)
 
@@ -135,6 +143,22 @@ def test_the_dense_sigmoid_is_within_1e_5_of_float64(embeddings):
     img, txt = loss_oracles.embeddings(embeddings, SIZE, WIDTH, jnp.float32)
     for scale in (1.0, 1 / 0.07, 100.0):
         assert_true("sigmoid", None, img, txt, scale, some_valid(), relative=1e-5, floor=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+@pytest.mark.parametrize(("sizes", "tile"), RINGS)
+def test_equals_are_not_found_wherever_they_meet_and_a_collapsed_model_finds_nothing(kind, sizes, tile):
+    img, txt = loss_oracles.pairs(0, size=SIZE, noise=0.2)
+
+    def found(img, txt):
+        arguments = img, txt, jnp.float32(14), jnp.float32(BIAS), jnp.ones(SIZE, bool)
+        return [accuracy.item() for accuracy in value_and_gradients(kind, ring(sizes, tile))(*arguments)[0][1]]
+
+    assert found(img, txt) == [1, 1]
+    texts = found(img, txt.at[40].set(txt[1]).at[4].set(txt[3]))
+    images = found(img.at[40].set(img[1]).at[4].set(img[3]), txt)
+    assert texts == images[::-1] == pytest.approx([44 / 48, 46 / 48])
+    assert found(*loss_oracles.embeddings("identical", SIZE, WIDTH, jnp.float32)) == [0, 0]
 
 
 # --- what is compiled ---

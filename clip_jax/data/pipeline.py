@@ -13,6 +13,7 @@ import grain
 import numpy as np
 from absl import flags
 
+from clip_jax import preemption
 from clip_jax.architecture import Architecture, Preprocess
 from clip_jax.config import Config
 from clip_jax.data import storage, transforms
@@ -169,7 +170,7 @@ def training_batches(pairs: TrainingPairs, *, num_threads: int, num_workers: int
     if num_workers:
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # Grain's processes ask for it, also where there is no command line
-        loaded = loaded.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
+        loaded = loaded.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers), preemption.deaf)
     return grain.experimental.RebatchIterDataset(loaded, len(pairs.rows))
 
 

@@ -29,6 +29,7 @@ class Optimizer:
     transform: optax.GradientTransformation  # gradients → directions, decay included, without a learning rate
     schedule: optax.Schedule  # step → learning rate
     factors: Factors  # of the learning rate, by path; 0: fixed
+    ema: float | None = None  # how much of moving averages stays at a step; None: there are none
 
     def split(self, params: Params) -> tuple[Params, Params]:
         """Returns (trained, fixed); `join` puts them together again."""
@@ -71,6 +72,23 @@ class Optimizer:
 
         return by_path(move, trained, directions), state
 
+    def averaged(self, averages: Any, values: Any, step: jax.Array | int) -> Any:
+        """Returns the moving averages after a step, which there left these values; both of one shape, or no averages.
+
+        They are quick at first, or what was drawn would stay in them for long: of step t (from 0) min(ema, (1 + t) /
+        (10 + t)) stays, as in TensorFlow's `ExponentialMovingAverage`. Numbers that count are taken as they are.
+        """
+        if self.ema is None:
+            return averages
+        moves = 1 - jnp.minimum(self.ema, (1 + step) / (10 + step))
+
+        def move(average: jax.Array, value: jax.Array) -> jax.Array:
+            if not jnp.issubdtype(value.dtype, jnp.floating):
+                return value
+            return (average + moves * (value - average)).astype(average.dtype)
+
+        return jax.tree.map(move, averages, values)
+
     def _factor(self, path: str, ndim: int) -> np.ndarray:
         """Returns the factor of a parameter, or [depth, 1, …]: one for each block of a stack."""
         factor = self.factors[path]
@@ -91,7 +109,7 @@ def make(config: OptimConfig, shapes: Params, steps: Steps) -> Optimizer:
     clip = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
     decays = optax.add_decayed_weights(config.weight_decay, lambda params: by_path(_decays, params))
     transform = optax.chain(*clip, *DIRECTIONS[config.optimizer](config), decays)
-    return Optimizer(transform, schedule_of(config, steps), factors_of(config, shapes))
+    return Optimizer(transform, schedule_of(config, steps), factors_of(config, shapes), config.ema)
 
 
 def _decays(path: str, _: Any) -> bool:

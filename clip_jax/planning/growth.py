@@ -11,9 +11,9 @@ from typing import Any
 
 from absl import flags
 
-from clip_jax import command
+from clip_jax import command, flops
 from clip_jax.errors import UserError
-from clip_jax.planning import flops, topology
+from clip_jax.planning import topology
 from clip_jax.planning.topology import Topology
 
 GENERATION = flags.DEFINE_string("generation", "v5p", "of TPU: v4, v5e, v5p, v6e")
@@ -87,8 +87,8 @@ def compile_loss(place: Topology, batch: int, embed_dim: int, loss: str, form: s
 
     def value(img_BE, txt_BE, scale, bias, valid_B):
         if loss == "softmax":
-            return losses.softmax(img_BE, txt_BE, scale=scale, valid_B=valid_B, ring=ring)
-        return losses.sigmoid(img_BE, txt_BE, scale=scale, bias=bias, valid_B=valid_B, ring=ring)
+            return losses.softmax(img_BE, txt_BE, scale=scale, valid_B=valid_B, ring=ring).loss
+        return losses.sigmoid(img_BE, txt_BE, scale=scale, bias=bias, valid_B=valid_B, ring=ring).loss
 
     embeddings = shape(batch, embed_dim)
     differentiate = jax.jit(jax.value_and_grad(value, argnums=(0, 1, 2, 3)))
@@ -156,7 +156,7 @@ def main() -> None:
         for place in places:
             with progress.status(f"compiling the loss of {batch:,} pairs for {place.name}"):
                 grown = measure(place, batch, towers.embed_dim, LOSS.value, FORM.value)
-            towers_flops = batch // place.chips * flops.of_pair(towers).training
+            towers_flops = batch // place.chips * flops.of_pair(towers).training()
             print(row(grown, towers_flops / (TOWERS_MFU.value * place.generation.peak)), flush=True)
 
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import jax
 
+from clip_jax import flops
 from clip_jax.config import Config
-from clip_jax.planning import compiler, flops
+from clip_jax.planning import compiler
 from clip_jax.planning.compiler import TooLargeError
 from clip_jax.planning.hlo import Collective
 from clip_jax.planning.topology import Topology, devices
@@ -142,7 +143,7 @@ def _memory(program: Program, used: int, limit: int) -> Memory:
 def _step(program: Program, topology: Topology, cycles: int, collectives: list[Collective]) -> Step:
     seconds = cycles / topology.generation.clock
     pairs = program.config.data.global_batch
-    asked = pairs * flops.of_pair(program.architecture, program.config.model.patch_dropout).training
+    asked = pairs * flops.of_pair(program.architecture, program.config.model.patch_dropout).training()
     return Step(
         cycles=cycles,
         seconds=seconds,

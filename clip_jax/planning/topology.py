@@ -12,6 +12,7 @@ import re
 from typing import Any
 
 from clip_jax.errors import UserError
+from clip_jax.flops import PEAKS
 
 GiB = 2**30
 
@@ -49,12 +50,16 @@ class Generation:
     name: str
     chip: str
     memory: int  # bytes a program may use on a chip
-    peak: float  # dense bfloat16 FLOP/s a chip
     clock: float  # Hz
     links: int  # to neighbours
     link_speed: float  # bytes/s, one way, a link
     slices: tuple[tuple[int, ...], ...]
     options: dict[str, str] = dataclasses.field(default_factory=dict)  # for libtpu
+
+    @property
+    def peak(self) -> float:
+        """Returns the dense bfloat16 FLOP/s of a chip."""
+        return PEAKS[self.chip]
 
     def link_seconds(self, collective: Any) -> float:
         """Returns the least that a collective takes when every link is at its speed, and nothing else goes on.
@@ -79,16 +84,15 @@ GENERATIONS = {
             "v4",
             "TPU v4",
             int(30.75 * GiB),
-            275e12,
             1.05e9,
             6,
             50e9,
             _blocks(16, 4096),
             {"chip_config_name": "megacore"},
         ),
-        Generation("v5e", "TPU v5e", int(15.75 * GiB), 197e12, 1.5e9, 4, 50e9, FLAT),
-        Generation("v5p", "TPU v5p", int(95.73 * GiB), 459e12, 1.75e9, 6, 100e9, _blocks(24, 6144)),
-        Generation("v6e", "TPU v6e", int(31.24 * GiB), 918e12, 1.75e9, 4, 112e9, FLAT),
+        Generation("v5e", "TPU v5e", int(15.75 * GiB), 1.5e9, 4, 50e9, FLAT),
+        Generation("v5p", "TPU v5p", int(95.73 * GiB), 1.75e9, 6, 100e9, _blocks(24, 6144)),
+        Generation("v6e", "TPU v6e", int(31.24 * GiB), 1.75e9, 4, 112e9, FLAT),
     )
 }
 

@@ -4,8 +4,11 @@ Orbax writes in the background, under a temporary name until all is there, and k
 written before a checkpoint gets its name are the checksums of its files.
 """
 
+import contextlib
+import dataclasses
 import json
 import logging
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ import orbax.checkpoint as ocp
 from clip_jax import distributed
 from clip_jax.errors import UserError
 from clip_jax.models.clip import Weights
+from clip_jax.optim import flatten, unflatten
 from clip_jax.sharding import path_of
 from clip_jax.training import checksums
 from clip_jax.training.state import TrainState
@@ -25,20 +29,30 @@ from clip_jax.training.state import TrainState
 # What Orbax warns of whenever OCDBT is not used, or a folder is opened only to be read: both are meant.
 _MEANT = ("Skipping merge of OCDBT", "CheckpointManagerOptions.read_only=True", "Given directory is read only")
 logging.getLogger("absl").addFilter(lambda record: not any(words in record.getMessage() for words in _MEANT))
+# Nor its tracebacks, of errors that it raises, too, and we tell.
+logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
 
 # Devices that hold the same array write a slice each, and every slice is a program to compile: 14 s at the first save
 # of the smallest model on 8 devices. Where a slice would be smaller than this, in bytes, one of them writes it all.
 _MIN_SLICE = 2**20
 
 
-class Checkpoints:
-    """The checkpoints of one run: `<folder>/<step>/{params,statistics,optimizer,position}`.
+@dataclasses.dataclass(frozen=True)
+class Keep:
+    """Which checkpoints stay."""
 
-    A model without batch norm has no statistics, and no such folder.
+    latest: int  # so many
+    every: int | None = None  # and those of the multiples of so many steps
+
+
+class Checkpoints:
+    """The checkpoints of one run: `<folder>/<step>/{params,statistics,optimizer,ema,position}`.
+
+    A model without batch norm has no statistics, and a run without averages no `ema`: they have no such folder.
     """
 
-    def __init__(self, folder: Path, *, keep: int | None = None):
-        """Opens the folder: to write, keeping the latest `keep`, or only to read."""
+    def __init__(self, folder: Path, *, keep: Keep | None = None):
+        """Opens the folder: to write, or only to read."""
 
         def arrays() -> ocp.PyTreeCheckpointHandler:
             handler = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_MIN_SLICE)
@@ -49,15 +63,21 @@ class Checkpoints:
 
         self.folder = folder.absolute()
         self._saving: int | None = None  # the step, for Orbax does not say
+        self._saved_at = time.monotonic()
+        policies = ocp.checkpoint_managers.preservation_policy
+        kept = [] if keep is None else [policies.LatestN(keep.latest)]
+        if keep is not None and keep.every is not None:
+            kept.append(policies.EveryNSteps(keep.every))
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep,
+                preservation_policy=policies.AnyPreservationPolicy(kept) if kept else None,
+                cleanup_tmp_directories=keep is not None,  # of saves that a kill has cut short
                 create=keep is not None,
                 read_only=keep is None,
                 async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
             ),
-            item_handlers={name: arrays() for name in ("params", "statistics", "optimizer")}
+            item_handlers={name: arrays() for name in ("params", "statistics", "optimizer", "ema")}
             | {"position": ocp.JsonCheckpointHandler()},
         )
 
@@ -67,11 +87,41 @@ class Checkpoints:
 
     def save(self, state: TrainState, position: dict[str, Any]) -> None:
         """Starts writing the state and its place in the data; returns as soon as the arrays are copied."""
-        trees = _some(params=state.params, statistics=state.statistics, optimizer=state.optimizer)
+        ema = _some(**state.ema._asdict())
+        trees = _some(params=state.params, statistics=state.statistics, optimizer=state.optimizer, ema=ema)
         items = {name: ocp.args.PyTreeSave(tree) for name, tree in trees.items()}
-        self._manager.wait_until_finished()  # of the step that was saved before, its checksums too
-        self._saving = int(state.step)
-        self._manager.save(self._saving, args=ocp.args.Composite(**items, position=ocp.args.JsonSave(position)))
+        with self._writing():
+            self._manager.wait_until_finished()  # of the step that was saved before, its checksums too
+        self._saving, self._saved_at = int(state.step), time.monotonic()
+        with self._writing():
+            self._manager.save(self._saving, args=ocp.args.Composite(**items, position=ocp.args.JsonSave(position)))
+
+    def are_due(self, minutes: float | None) -> bool:
+        """Returns whether the last save was longer ago, by the first process's clock. All call it at the same step.
+
+        Raises:
+            UserError: the last one could not be written.
+        """
+        with self._writing():
+            self._manager.check_for_errors()
+        if minutes is None:
+            return False
+        return distributed.gather(time.monotonic() - self._saved_at >= 60 * minutes)[0]
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Says what could not be written in its block, or in the background before, and what there is instead."""
+        try:
+            yield
+        except Exception as error:
+            if distributed.is_of_another(error):
+                raise
+            last = self.latest()
+            instead = "there is none" if last is None else f"the last whole one is of step {last}"
+            raise UserError(
+                f"the checkpoint of step {self._saving} cannot be written to {self.folder} ({_line(error)}); "
+                f"{instead}; make room, or mend the folder, and start again"
+            ) from error
 
     def _write_checksums(self) -> None:
         """Called by Orbax, in one process, when all files of all processes are written and before they are a step."""
@@ -132,19 +182,29 @@ class Checkpoints:
             UserError: damaged all the same, or parameters or optimiser are not those expected; lists all that differ.
         """
         restored = self._restore(
-            step, params=abstract.params, statistics=abstract.statistics, optimizer=abstract.optimizer
+            step,
+            params=abstract.params,
+            statistics=abstract.statistics,
+            optimizer=abstract.optimizer,
+            ema=_some(**abstract.ema._asdict()),
         )
+        restored["ema"] = abstract.ema._replace(**restored["ema"])
         return TrainState(step=jax.device_put(jnp.int32(step), abstract.step.sharding), **restored)
 
     def restore_weights(self, step: int, abstract: Weights) -> Weights:
-        """Returns the weights alone, every array in the place that `abstract` gives it.
+        """Returns the weights alone, moving averages where there are any, each in the place that `abstract` gives it.
 
         Raises:
             UserError: damaged, or the weights are not those expected; lists all that differ.
         """
-        if problem := checksums.damage(self.folder / str(step), ("params", "statistics")):
+        if problem := checksums.damage(self.folder / str(step), ("params", "statistics", "ema")):
             raise self._damaged(step, problem)
-        return Weights(**self._restore(step, params=abstract.params, statistics=abstract.statistics))
+        trees = {"params": abstract.params, "statistics": abstract.statistics}
+        averaged = {_path(array) for array in (self.folder / str(step) / "ema").glob("*/.zarray")}
+        ema = unflatten({path: x for path, x in flatten(trees).items() if path in averaged})
+        restored = self._restore(step, **trees, ema=ema)
+        averages = flatten(restored.pop("ema"))
+        return Weights(**(trees | unflatten(flatten(restored) | averages)))
 
     def _restore(self, step: int, **trees: Any) -> dict[str, Any]:
         """Returns the named items, each in the shapes and places of its tree."""
@@ -166,7 +226,7 @@ class Checkpoints:
         meanwhile."""
         if distributed.is_of_another(error):
             return error
-        return self._damaged(step, str(error).split("\n")[0] or type(error).__name__)
+        return self._damaged(step, _line(error))
 
     def _damaged(self, step: int, problem: str) -> UserError:
         return UserError(
@@ -185,7 +245,12 @@ class Checkpoints:
 
     def __exit__(self, *error) -> None:
         """Waits until everything is on disk."""
-        self._manager.close()
+        with self._writing():
+            self._manager.close()
+
+
+def _line(error: Exception) -> str:
+    return str(error).split("\n")[0] or type(error).__name__
 
 
 def _some(**trees: Any) -> dict[str, Any]:
@@ -221,12 +286,17 @@ def _check_tree(folder: Path, tree: Any) -> None:
     wanted = {
         path_of(keys): _description(leaf.dtype, leaf.shape) for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
-    found = {array.parent.name.replace(".", "/"): _stored(array) for array in folder.glob("*/.zarray")}
+    found = {_path(array): _stored(array) for array in folder.glob("*/.zarray")}
     problems = [f"missing {path}" for path in wanted if path not in found]
     problems += [f"unexpected {path}" for path in found if path not in wanted]
     problems += [f"{p} is {found[p]}, not {wanted[p]}" for p in wanted if p in found and found[p] != wanted[p]]
     if problems:
         raise UserError(f"{folder} does not fit the model: {'; '.join(problems)}")
+
+
+def _path(array: Path) -> str:
+    """Returns the path of an array in its tree, by its header's place."""
+    return array.parent.name.replace(".", "/")
 
 
 def _stored(array: Path) -> str:

@@ -31,12 +31,13 @@ Bad = dict[str, dict[str, int]]  # how many records of a shard, by the words of 
 class Feed:
     """This host's part of the batches from some step on, each on its devices while the step before is computed."""
 
-    def __init__(self, pairs: TrainingPairs, mesh: Mesh, data: DataConfig, *, cores: int):
-        """`cores` may be used by workers, where the config leaves their number open."""
+    def __init__(self, pairs: TrainingPairs, mesh: Mesh, data: DataConfig, *, cores: int, bad: Bad | None = None):
+        """`cores` may be used by workers, where the config leaves their number open; `bad` is what was `unreported`
+        when the run was interrupted."""
         self._pairs, self._mesh, self._threads = pairs, mesh, data.num_threads
         self._workers, self._cores = data.num_workers or 0, cores if data.num_workers is None else 0
         self._steps = 0
-        self._bad: Bad = {}
+        self._bad: Bad = bad or {}
         self._settled = self._warned = False
         self._batches = self._opened()
 
@@ -71,6 +72,19 @@ class Feed:
             words = Problem(loaded.problem[row]).words
             reasons[words] = reasons.get(words, 0) + 1
         return loaded.batch
+
+    def records(self, step: int) -> dict[str, list[int]]:
+        """Returns the records of a step's global batch, by shard; they are computed anew, the order knows them."""
+        shards: dict[str, list[int]] = {}
+        batch = self._pairs.global_batch
+        for position in range((step - 1) * batch, step * batch):
+            _, index = self._pairs.order[position]
+            shards.setdefault(self._pairs.source.shard_of(index), []).append(index)
+        return shards
+
+    def unreported(self) -> Bad:
+        """Returns what all processes could not read since the last report. All call it at the same step."""
+        return merged(distributed.gather(self._bad))
 
     def report(self, waited: float, say: Callable[[str], None]) -> tuple[float, Bad]:
         """Returns of all processes the longest wait, as a share of their time, and what they could not read since the
@@ -112,12 +126,13 @@ class Feed:
 
 
 def merged(several: list[Bad]) -> Bad:
-    """Returns what all processes could not read, the worst shard first."""
+    """Returns what all processes could not read, the worst shard first, then by name: in whatever order it came."""
     together: dict[str, collections.Counter[str]] = {}
     for bad in several:
         for shard, reasons in bad.items():
             together.setdefault(shard, collections.Counter()).update(reasons)
-    return {shard: dict(together[shard]) for shard in sorted(together, key=lambda name: -together[name].total())}
+    worst = sorted(together, key=lambda shard: (-together[shard].total(), shard))
+    return {shard: dict(sorted(together[shard].items(), key=lambda reason: (-reason[1], reason[0]))) for shard in worst}
 
 
 def total(bad: Bad) -> int:

@@ -15,17 +15,32 @@ from clip_jax.data.pipeline import training_pairs
 from clip_jax.data.sources import Source, open_training_source
 from clip_jax.errors import UserError
 from clip_jax.models import variants
-from clip_jax.training.checkpoint import Checkpoints, changed_data
-from clip_jax.training.feed import BadLimit, Feed, in_words
+from clip_jax.preemption import Preempted, never
+from clip_jax.training.checkpoint import Checkpoints, Keep, changed_data
+from clip_jax.training.feed import Bad, BadLimit, Feed, in_words
+from clip_jax.training.incidents import Incidents
 from clip_jax.training.metrics import MetricsLog, Progress, StepClock
+from clip_jax.training.profiler import Profiler, window
 from clip_jax.training.program import Program, assemble
+from clip_jax.training.sinks import check_wandb
 from clip_jax.training.state import TrainState
+from clip_jax.training.usage import Usage
 from clip_jax.weights.bundle import Bundle
 from clip_jax.workdir import Workdir
 
 
-def train(config: Config, workdir: Path, *, devices: list[jax.Device] | None = None) -> None:
+def train(
+    config: Config,
+    workdir: Path,
+    *,
+    devices: list[jax.Device] | None = None,
+    preempted: Preempted = never,
+    profile: str | None = None,
+) -> None:
     """Trains as the config says, into `workdir`; resumes from its latest checkpoint when there is one.
+
+    When `preempted`, asked after every step, says so, it saves and returns. `profile` is a window of steps,
+    "FIRST:LAST", of which a trace is written.
 
     Raises:
         UserError: anything about the config, the folder, the checkpoint or the data that the user can mend; a new run
@@ -40,6 +55,8 @@ def train(config: Config, workdir: Path, *, devices: list[jax.Device] | None = N
     program = assemble(config, devices, records=len(source), arch=arch)
     last_step = program.steps.total
     tokenizer = folder.tokenizer_for(config.model, arch, weights and weights.tokenizer)
+    traced = window(profile, done=folder.latest_step() or 0, total=last_step) if profile else None
+    check_wandb(config)
     facts = _facts(program, tokenizer, source, folder)
     distributed.agree(facts | {"the weights to start from": weights and weights.fingerprint()})
 
@@ -47,10 +64,13 @@ def train(config: Config, workdir: Path, *, devices: list[jax.Device] | None = N
     is_first = jax.process_index() == 0  # of the processes: it alone writes, but for checkpoints
     if is_first and not folder.is_claimed():
         folder.claim(config, arch, tokenizer, variant=program.variant)
-    with Checkpoints(folder.checkpoints, keep=config.keep_checkpoints) as checkpoints:
+    with Checkpoints(folder.checkpoints, keep=Keep(config.keep_checkpoints, config.keep_every)) as checkpoints:
         latest, damaged = checkpoints.last_whole()
-        if start := latest or 0:
-            _check_data(checkpoints.position(start), _position(config, source, start), config)
+        start, unlogged = latest or 0, {}
+        if start:
+            position = checkpoints.position(start)
+            unlogged = position.pop("unlogged", {})
+            _check_data(position, _position(config, source, start), config)
         state = checkpoints.restore(start, program.state) if start else _first_state(program, weights)
         del weights  # from here on the state has them
         set_aside = checkpoints.set_aside(damaged)
@@ -61,30 +81,52 @@ def train(config: Config, workdir: Path, *, devices: list[jax.Device] | None = N
         # 3. The data, from the example where the run is; and step by step. Metrics are read only when they are logged:
         # the device is never waited for in between.
         with (
-            MetricsLog(folder if is_first else None, resumed_at=start) as log,
+            MetricsLog(folder if is_first else None, config, resumed_at=start) as log,
             Progress(last_step, done=start, quiet=not is_first) as progress,
-            _feed(program, tokenizer, source, start) as feed,
+            _feed(program, tokenizer, source, start, unlogged.get("bad_records")) as feed,
+            Incidents(
+                folder.incidents_file if is_first else None, feed.records, config.skip_limit, unlogged.get("incidents")
+            ) as incidents,
             StepClock(config.data.global_batch) as clock,
+            Profiler(traced if is_first else None, folder.profile, progress.say) as profiler,
         ):
-            for line in (*_introduction(program, source, start), *set_aside):
+            usage = Usage.of(program)
+            for line in (*_introduction(program, source, start), usage.described(), *log.described(), *set_aside):
                 progress.say(line)
             limit = BadLimit(config.data.bad_limit, seen=start * config.data.global_batch)
             for step in range(start + 1, last_step + 1):
+                profiler.begins(step)
                 with clock.waiting_for_data():
                     batch = next(feed)
                 state, metrics = program.train_step(state, batch)
                 clock.dispatched(metrics["loss"])
+                incidents.dispatched(step, metrics["loss"], metrics.pop("finite"))
+                profiler.dispatched(step, metrics["loss"])
                 progress.advance(step)
-                if step == 1 or every(config.log_every, step, last_step):
+                problem = None
+                if logs := step == 1 or every(config.log_every, step, last_step):
                     scalars = {name: value.item() for name, value in jax.device_get(metrics).items()} | clock.lap()
+                    scalars |= usage.scalars(scalars["pairs_per_second"])
                     scalars["data_wait"], bad = feed.report(scalars["data_wait"], progress.say)
-                    log.write(step, scalars, bad)
+                    incidents.read(progress.say)
+                    log.write(step, scalars | {"skipped": incidents.skipped}, bad)
                     progress.show(step, scalars)
-                    if too_many := limit.passed(step * config.data.global_batch, bad):
-                        checkpoints.save(state, _position(config, source, step))  # of what was trained so far
-                        raise UserError(too_many)
-                if every(config.checkpoint_every, step, last_step):
-                    checkpoints.save(state, _position(config, source, step))
+                    problem = limit.passed(step * config.data.global_batch, bad) or incidents.too_many()
+                ends = preempted(step)
+                if (
+                    every(config.checkpoint_every, step, last_step)
+                    or (logs and checkpoints.are_due(config.checkpoint_minutes))
+                    or problem
+                    or ends
+                ):
+                    incidents.read(progress.say)
+                    unlogged = {"incidents": incidents.state(), "bad_records": feed.unreported()}
+                    checkpoints.save(state, _position(config, source, step) | {"unlogged": unlogged})
+                if problem:
+                    raise UserError(problem)
+                if ends:
+                    progress.say(f"SIGTERM: saved at step {step}; the same command goes on from there")
+                    return
             if bad := log.bad():
                 progress.say(f"left out {in_words(bad)}")
             progress.say(f"trained to step {last_step}; the run is in {workdir}")
@@ -144,12 +186,13 @@ def _position(config: Config, source: Source, step: int) -> dict[str, Any]:
     return {"examples_seen": step * config.data.global_batch, "seed": config.seed, "data": source.fingerprint()}
 
 
-def _feed(program: Program, tokenizer: str | None, source: Source, start: int) -> Feed:
-    """Returns this host's batches from step `start` on."""
+def _feed(program: Program, tokenizer: str | None, source: Source, start: int, bad: Bad | None) -> Feed:
+    """Returns this host's batches from step `start` on; `bad` is what was not reported yet."""
     data, mesh = program.config.data, program.mesh
     rows = sharding.host_rows(data.global_batch, mesh)
     pairs = training_pairs(program.config, program.architecture, tokenizer, source, rows=rows, start=start)
     here = distributed.gather(socket.gethostname()).count(socket.gethostname())  # processes on this host
     cores = min(joblib.cpu_count(), max(1, os.cpu_count() // here))
     # A CPU that trains has no core to spare.
-    return Feed(pairs, mesh, data, cores=0 if mesh.devices.flat[0].platform == "cpu" else cores)
+    cores = 0 if mesh.devices.flat[0].platform == "cpu" else cores
+    return Feed(pairs, mesh, data, cores=cores, bad=bad if jax.process_index() == 0 else None)

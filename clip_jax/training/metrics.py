@@ -1,84 +1,58 @@
-"""What a run says of itself: `metrics.jsonl`, TensorBoard, and a bar on the screen."""
+"""What a run says of itself: `metrics.jsonl`, the same scalars for other viewers, and a bar on the screen."""
 
 import concurrent.futures
 import contextlib
-import json
-import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import jax
 import rich.console
 import rich.progress
 
-from clip_jax.files import write_text
+from clip_jax.config import Config
 from clip_jax.training.feed import Bad, loggable, merged, total
+from clip_jax.training.sinks import sinks
+from clip_jax.training.step_lines import StepLines, read_lines
 from clip_jax.workdir import Workdir
 
 QUIET_SECONDS = 10  # between two lines where there is no terminal to draw a bar on
 
 
 class MetricsLog:
-    """Appends one JSON object a logged step, and the same scalars for TensorBoard; nothing without a workdir."""
+    """Appends one JSON object a logged step, and sends the same scalars elsewhere; nothing without a workdir."""
 
-    def __init__(self, workdir: Workdir | None, *, resumed_at: int):
+    def __init__(self, workdir: Workdir | None, config: Config, *, resumed_at: int):
         self._writes = workdir is not None
         if workdir is None:
             return
-        self._path = workdir.metrics_file
-        _keep_until(self._path, resumed_at)
-        self._file = self._path.open("a", encoding="utf-8")
-        self._board = _tensorboard().SummaryWriter(str(workdir.tensorboard), purge_step=resumed_at + 1)
+        self._lines = StepLines(workdir.metrics_file, resumed_at=resumed_at)
+        self._sinks = sinks(workdir, config, resumed_at=resumed_at)
 
-    def write(self, step: int, scalars: dict[str, float], bad: Bad) -> None:
-        """Writes one line, at once: a killed run keeps what it logged."""
+    def described(self) -> list[str]:
+        """Returns where the scalars go, as far as it needs saying."""
+        return [sink.said for sink in self._sinks if sink.said] if self._writes else []
+
+    def write(self, step: int, scalars: dict[str, int | float], bad: Bad) -> None:
+        """Writes one line."""
         if not self._writes:
             return
-        self._file.write(json.dumps({"step": step, **scalars, **loggable(bad)}) + "\n")
-        self._file.flush()
-        for name, value in (scalars | {"bad_records": total(bad)}).items():
-            self._board.add_scalar(name, value, step)
+        self._lines.write({"step": step, **scalars, **loggable(bad)})
+        for sink in self._sinks:
+            sink.write(step, scalars | {"bad_records": total(bad)})
 
     def bad(self) -> Bad:
         """Returns what could not be read in the whole run, by its own lines."""
-        lines = read_metrics(self._path) if self._writes else []
+        lines = read_lines(self._lines.path) if self._writes else []
         return merged([line.get("bad_records", {}) for line in lines])
 
     def __enter__(self) -> "MetricsLog":
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error) -> None:
         if self._writes:
-            self._file.close()
-            self._board.close()
-
-
-def _tensorboard() -> ModuleType:
-    """Returns tensorboardX, imported without PyTorch, which it would take along wherever that is installed."""
-    if hidden := "torch" not in sys.modules:
-        sys.modules["torch"] = None
-    try:
-        import tensorboardX
-    finally:
-        if hidden:
-            del sys.modules["torch"]
-    return tensorboardX
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Returns the lines of a `metrics.jsonl`; a last line that a kill cut short is left out."""
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]
-
-
-def _keep_until(path: Path, step: int) -> None:
-    """Drops the lines after a step: the run goes on from there and will write them again."""
-    if path.exists():
-        kept = [line for line in read_metrics(path) if line["step"] <= step]
-        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+            self._lines.close()
+            for sink in self._sinks:
+                sink.close(failed=kind is not None)
 
 
 class StepClock:
@@ -133,22 +107,21 @@ def _time_when_ready(result: jax.Array) -> float:
 
 
 class Progress:
-    """A bar with the rate, the loss and the time left; now and then a line where there is no terminal."""
+    """A bar with the latest metrics and the time left; now and then a line where there is no terminal."""
 
     def __init__(
         self, total_steps: int, *, done: int, quiet: bool = False, console: rich.console.Console | None = None
     ):
         self._console = console or rich.console.Console(stderr=True, quiet=quiet)
         self._bar = rich.progress.Progress(
-            rich.progress.TextColumn("step"),
             rich.progress.MofNCompleteColumn(),
-            rich.progress.BarColumn(),
+            rich.progress.BarColumn(bar_width=None),  # what the words leave of the line
             rich.progress.TextColumn("{task.fields[said]}"),
-            rich.progress.TimeElapsedColumn(),
-            rich.progress.TextColumn("left"),
             rich.progress.TimeRemainingColumn(),
+            rich.progress.TextColumn("left"),
             console=self._console,
             disable=quiet or not self._console.is_terminal,
+            expand=True,
         )
         self._task = self._bar.add_task("", total=total_steps, completed=done, said="compiling")
         self._total_steps = total_steps
@@ -170,9 +143,12 @@ class Progress:
         """Moves the bar."""
         self._bar.update(self._task, completed=step)
 
-    def show(self, step: int, scalars: dict[str, float]) -> None:
+    def show(self, step: int, scalars: dict[str, int | float]) -> None:
         """Shows the latest metrics."""
-        said = f"loss {scalars['loss']:.4f} · {scalars['pairs_per_second']:,.0f} pairs/s"
+        found = (scalars["image_to_text_accuracy"] + scalars["text_to_image_accuracy"]) / 2
+        said = f"loss {scalars['loss']:.4f} · found {found:.0%} · {scalars['pairs_per_second']:,.0f} pairs/s"
+        if "mfu" in scalars:
+            said += f" · MFU {scalars['mfu']:.0%}"
         self._bar.update(self._task, said=said)
         now = time.monotonic()
         if self._compiled is None:

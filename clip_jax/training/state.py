@@ -20,14 +20,21 @@ from clip_jax.weights.mapping import flatten, unflatten
 class TrainState:
     """Plain nested dicts: what `jax.jit` passes at least cost. Of arrays, or of whatever else is said of each array."""
 
-    step: Any  # int32 []: updates done
+    step: Any  # int32 []: batches seen
     params: Params
     statistics: Params  # of batch norm; empty without
     optimizer: Any  # what Optax keeps of the parameters that are trained
+    # Moving averages of what is trained, and of statistics; empty: there are none.
+    ema: Weights = dataclasses.field(default_factory=lambda: Weights({}, {}))
 
     @property
     def weights(self) -> Weights:
         return Weights(self.params, self.statistics)
+
+    @property
+    def averaged(self) -> Weights:
+        """Returns the weights that a run is measured by: the averages where there are any."""
+        return Weights(*(optim.join(old, new) for old, new in zip(self.weights, self.ema, strict=True)))
 
 
 def abstract_state(definition: Definition, optimizer: optim.Optimizer, mesh: Mesh) -> TrainState:
@@ -45,12 +52,29 @@ def abstract_state(definition: Definition, optimizer: optim.Optimizer, mesh: Mes
     def place(shape, spec):
         return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=NamedSharding(mesh, spec))
 
-    return TrainState(
-        step=place(jax.ShapeDtypeStruct((), jnp.int32), P()),
+    weights = Weights(
         params=jax.tree.map(place, params, specs),
         statistics=jax.tree.map(place, statistics, sharding.parameter_specs(statistics)),
-        optimizer=jax.tree.map(place, moments, _moment_specs(moments, params, specs)),
     )
+    return TrainState(
+        place(jax.ShapeDtypeStruct((), jnp.int32), P()),
+        *weights,
+        optimizer=jax.tree.map(place, moments, _moment_specs(moments, params, specs)),
+        ema=_to_average(weights, optimizer),
+    )
+
+
+def _to_average(weights: Weights, optimizer: optim.Optimizer) -> Weights:
+    """Returns what moving averages are of: what is trained, and the statistics; nothing where there are none."""
+    if optimizer.ema is None:
+        return Weights({}, {})
+    return Weights(optimizer.split(weights.params)[0], weights.statistics)
+
+
+def _new(weights: Weights, optimizer: optim.Optimizer) -> TrainState:
+    """Returns the state before the first step; averages begin as copies, for the state's memory is given away."""
+    ema = jax.tree.map(jnp.copy, _to_average(weights, optimizer))
+    return TrainState(jnp.int32(0), *weights, optimizer.init(optimizer.split(weights.params)[0]), ema)
 
 
 def _moment_specs(moments: Any, params: Params, specs: Params) -> Any:
@@ -75,8 +99,7 @@ def initial_state(definition: Definition, optimizer: optim.Optimizer, abstract: 
     """Returns a new state; every array is computed in pieces where it will live, and whole nowhere."""
 
     def init(key: jax.Array) -> TrainState:
-        params, statistics = definition.init(key)
-        return TrainState(jnp.int32(0), params, statistics, optimizer.init(optimizer.split(params)[0]))
+        return _new(definition.init(key), optimizer)
 
     places = jax.tree.map(lambda x: x.sharding, abstract)
     return jax.jit(init, out_shardings=places)(jax.random.key(seed))
@@ -110,6 +133,5 @@ def state_from(
     if drawn:
         placed |= jax.jit(draw, out_shardings={path: places[path] for path in drawn})(jax.random.key(seed))
     weights = unflatten(placed, abstract.weights)
-    begin = jax.jit(optimizer.init, out_shardings=jax.tree.map(lambda x: x.sharding, abstract.optimizer))
-    moments = begin(optimizer.split(weights.params)[0])
-    return TrainState(jax.device_put(jnp.int32(0), abstract.step.sharding), *weights, moments)
+    all_places = jax.tree.map(lambda x: x.sharding, abstract)
+    return jax.jit(lambda weights: _new(weights, optimizer), out_shardings=all_places, donate_argnums=0)(weights)

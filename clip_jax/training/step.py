@@ -1,5 +1,6 @@
 """One update: pixels and tokens in, a new state and its metrics out. Pure; compiled once."""
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -34,6 +35,13 @@ def make_encode(definition: Definition, dropout: jax.Array | None = None, *, ima
     return encode
 
 
+def norms(of: str, tree: Params) -> Metrics:
+    """Returns the L2 norms of gradients or parameters: of all, and by tower; none of a tower that has none here."""
+    squares = {part: optax.tree.norm(leaves, squared=True) for part, leaves in tree.items() if jax.tree.leaves(leaves)}
+    towers = {f"{of}_norm_{part}": jnp.sqrt(square) for part, square in squares.items() if part in ("image", "text")}
+    return {f"{of}_norm": jnp.sqrt(sum(squares.values()))} | towers
+
+
 def make_train_step(
     definition: Definition,
     optimizer: optim.Optimizer,
@@ -47,7 +55,8 @@ def make_train_step(
 
     It takes the old state's memory, and leaves the new one in the places that `abstract` gives: left to itself the
     compiler would move small arrays, and the second step would be another program than the first. `ring` is the loss's
-    form; the towers go over the batch in `parts`. Gradients are those of what is trained: nothing else has any.
+    form; the towers go over the batch in `parts`. Gradients are those of what is trained: nothing else has any. Where
+    the loss or a gradient is not finite (`finite` in the metrics), all stays as it was but the step: it counts batches.
     """
     image_is_fixed = not optimizer.trains("image")
 
@@ -62,24 +71,29 @@ def make_train_step(
         model = definition.bind(Weights(params, statistics))
         known = {"scale": model.scale(), "valid_B": batch.valid, "ring": ring}
         if model.logit_bias is None:
-            loss = losses.softmax(img_BE, txt_BE, **known)
+            contrast = losses.softmax(img_BE, txt_BE, **known)
         else:
-            loss = losses.sigmoid(img_BE, txt_BE, bias=model.bias(), **known)
-        metrics = {"loss": loss, "logit_scale": model.scale(), "valid": batch.valid.sum()}
-        return loss, (metrics, statistics)
+            contrast = losses.sigmoid(img_BE, txt_BE, bias=model.bias(), **known)
+        metrics = contrast._asdict() | {"logit_scale": model.scale(), "valid": batch.valid.sum()}
+        if model.logit_bias is not None:
+            metrics["logit_bias"] = model.bias()
+        return contrast.loss, (metrics, statistics)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         trained, fixed = optimizer.split(state.params)
         differentiate = jax.value_and_grad(loss_of, has_aux=True)
         (_, (metrics, statistics)), gradients = differentiate(trained, fixed, state.statistics, batch, state.step)
-        metrics |= {
-            "gradient_norm": optax.tree.norm(optimizer.of_trained(gradients)),
-            "learning_rate": optimizer.schedule(state.step),
-        }
+        metrics |= norms("gradient", optimizer.of_trained(gradients)) | norms("parameter", state.params)
+        metrics["learning_rate"] = optimizer.schedule(state.step)
+        # The norm is not finite, where any gradient is not.
+        metrics["finite"] = finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
         trained, moments = optimizer.update(gradients, state.optimizer, trained, state.step)
         params = optim.join(trained, fixed)
         params = constrain(params) if "logit_scale" in trained else params  # what is fixed stays as it is
-        return TrainState(state.step + 1, params, statistics, moments), metrics
+        ema = optimizer.averaged(state.ema, Weights(trained, statistics), state.step)
+        updated = TrainState(state.step, params, statistics, moments, ema)
+        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
+        return dataclasses.replace(kept, step=state.step + 1), metrics
 
     places = jax.tree.map(lambda x: x.sharding, abstract)
     everywhere = places.step

@@ -22,7 +22,7 @@ from clip_jax.data.sources import Keys, open_source, open_training_source
 from clip_jax.data.transforms import header_size
 from clip_jax.models.variants import architecture
 from clip_jax.training.loop import train
-from clip_jax.training.metrics import read_metrics
+from clip_jax.training.step_lines import read_lines
 
 GOOD = 40
 TIMEOUT = 300  # seconds for what takes ten on a quiet machine
@@ -101,7 +101,7 @@ def trained(spec: str, workdir: Path, **data) -> list[dict]:
         log_every=1,
     )
     train(config, workdir, devices=jax.devices()[:1])
-    return read_metrics(workdir / "metrics.jsonl")
+    return read_lines(workdir / "metrics.jsonl")
 
 
 def assert_learnt(metrics: list[dict]) -> None:

@@ -189,7 +189,7 @@ def loss_of(definition: Definition):
     def loss(params, images, tokens):
         model = definition.bind(Weights(params, {}))
         img, txt = l2_normalise(model.encode_image(images)), l2_normalise(model.encode_text(tokens))
-        return losses.softmax(img, txt, scale=model.scale(), valid_B=jnp.ones(len(images), bool))
+        return losses.softmax(img, txt, scale=model.scale(), valid_B=jnp.ones(len(images), bool)).loss
 
     return loss
 

@@ -90,7 +90,7 @@ def differentiate(definition: Definition, weights: Weights, image_BHWC, tokens_B
         model = definition.bind(Weights(params, weights.statistics))
         img_BE = l2_normalise(model.encode_image(image_BHWC, train=True))
         txt_BE = l2_normalise(model.encode_text(tokens_BL))
-        loss = losses.softmax(img_BE, txt_BE, scale=model.scale(), valid_B=jnp.ones(len(img_BE), bool))
+        loss = losses.softmax(img_BE, txt_BE, scale=model.scale(), valid_B=jnp.ones(len(img_BE), bool)).loss
         return loss, model.statistics()
 
     (loss, statistics), gradients = jax.value_and_grad(loss_of, has_aux=True)(weights.params)

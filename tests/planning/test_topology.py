@@ -9,6 +9,7 @@ import pytest
 from clip_jax import sharding
 from clip_jax.config import MeshConfig
 from clip_jax.errors import UserError
+from clip_jax.flops import PEAKS
 from clip_jax.planning import topology
 from clip_jax.planning.hlo import Collective
 
@@ -79,6 +80,14 @@ def test_every_mesh_that_multiplies_to_the_chips_is_laid_out_on_a_slice(name):
             mesh = sharding.make_mesh(MeshConfig(-1, fsdp, tensor), devices)
             assert mesh.devices.shape == (len(devices) // (fsdp * tensor), fsdp, tensor)
             assert len(set(mesh.devices.flat)) == len(devices)
+
+
+@needs_libtpu
+@pytest.mark.parametrize("name", topology.GENERATIONS)
+def test_the_chips_of_a_slice_have_the_peak_of_their_generation_by_jaxs_name_for_them(name):
+    generation = topology.GENERATIONS[name]
+    first = topology.devices(topology.Topology(generation, generation.slices[0]))[0]
+    assert PEAKS[first.device_kind] == generation.peak
 
 
 @needs_libtpu

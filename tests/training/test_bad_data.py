@@ -32,7 +32,7 @@ from clip_jax.errors import UserError
 from clip_jax.models.variants import architecture
 from clip_jax.training.feed import BadLimit, in_words, merged
 from clip_jax.training.loop import train
-from clip_jax.training.metrics import read_metrics
+from clip_jax.training.step_lines import read_lines
 
 LIMIT = 120  # seconds that anything here may take; on a quiet machine it is ten
 ONE = jax.devices()[:1]
@@ -97,7 +97,7 @@ def damaged(tmp_path_factory) -> Path:
 def test_a_damaged_image_is_a_masked_pair_counted_by_reason_and_shard_also_after_a_resume(damaged, tmp_path, capsys):
     config = config_of(f"wds:{damaged}")
     train(config, tmp_path, devices=ONE)
-    lines = read_metrics(tmp_path / "metrics.jsonl")
+    lines = read_lines(tmp_path / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 4, 6]
     assert all(np.isfinite(line["loss"]) for line in lines)
     bad = merged([line.get("bad_records", {}) for line in lines])
@@ -353,7 +353,7 @@ def half_way(whole: Path, run: Path) -> Path:
 
 
 def losses(run: Path) -> list[float]:
-    return [line["loss"] for line in read_metrics(run / "metrics.jsonl")]
+    return [line["loss"] for line in read_lines(run / "metrics.jsonl")]
 
 
 def test_a_run_on_changed_shards_is_refused_with_the_difference_unless_told_otherwise(whole, tmp_path):
@@ -416,7 +416,7 @@ def test_a_worker_that_is_killed_ends_the_run_with_words(tmp_path):
     def kill() -> None:
         for _ in range(600):
             time.sleep(0.1)
-            if (tmp_path / "run" / "metrics.jsonl").exists() and read_metrics(tmp_path / "run" / "metrics.jsonl"):
+            if (tmp_path / "run" / "metrics.jsonl").exists() and read_lines(tmp_path / "run" / "metrics.jsonl"):
                 break
         for child in multiprocessing.active_children():
             os.kill(child.pid, signal.SIGKILL)

@@ -14,7 +14,7 @@ from clip_jax.errors import UserError
 from clip_jax.models.clip import Definition
 from clip_jax.models.variants import architecture
 from clip_jax.training import checksums
-from clip_jax.training.checkpoint import Checkpoints
+from clip_jax.training.checkpoint import Checkpoints, Keep
 from clip_jax.training.state import abstract_state, initial_state
 
 CONFIG = OptimConfig(warmup="1 step")
@@ -34,7 +34,7 @@ def saved(tmp_path_factory):
     definition, optimizer, abstract = state_on((2, 2, 2), 8)
     state = initial_state(definition, optimizer, abstract, seed=3)
     state.step = state.step + 7
-    with Checkpoints(folder, keep=1) as checkpoints:
+    with Checkpoints(folder, keep=Keep(latest=1)) as checkpoints:
         checkpoints.save(state, {"examples_seen": 7 * 32})
     return folder, state
 

@@ -25,8 +25,8 @@ from clip_jax.models.transformer import Compute
 from clip_jax.optim.parameters import is_adapter
 from clip_jax.training.checkpoint import Checkpoints
 from clip_jax.training.loop import train
-from clip_jax.training.metrics import read_metrics
 from clip_jax.training.program import Program, assemble
+from clip_jax.training.step_lines import read_lines
 from clip_jax.weights import openai, tensors
 from clip_jax.weights.bundle import Bundle, write_folder
 from clip_jax.weights.mapping import flatten
@@ -65,7 +65,7 @@ def config(data_dir: Path, source: Path | str, **changes) -> Config:
 
 
 def losses(workdir: Path) -> list[tuple[int, float]]:
-    return [(line["step"], line["loss"]) for line in read_metrics(workdir / "metrics.jsonl")]
+    return [(line["step"], line["loss"]) for line in read_lines(workdir / "metrics.jsonl")]
 
 
 @pytest.fixture(scope="module")
@@ -235,7 +235,7 @@ def test_a_vit_b32_of_openais_is_fine_tuned_for_3_steps_and_goes_to_every_format
     changes = {"model__variant": "ViT-B/32", "optim__learning_rate": 1e-5, "data__global_batch": 8}
     changes |= {"optim__frozen": frozen}
     train(config(data_dir, tmp_path / "b32.pt", **changes, checkpoint_every=3), tmp_path / "run", devices=ONE)
-    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    lines = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3]
     for target_format, oracle in FORMATS.items():
         oracle()

@@ -1,6 +1,7 @@
 """A whole run: the same on any mesh, the same when killed and started again, refused when it is another."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -15,9 +16,10 @@ import clip_jax
 from clip_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimConfig
 from clip_jax.errors import UserError
 from clip_jax.training.loop import train
-from clip_jax.training.metrics import read_metrics
+from clip_jax.training.step_lines import read_lines
 
 ROOT = Path(__file__).parents[2]
+ACCURACIES = {"image_to_text_accuracy", "text_to_image_accuracy"}
 
 
 def small_config(data_dir: Path, **changes) -> Config:
@@ -30,7 +32,7 @@ def small_config(data_dir: Path, **changes) -> Config:
 
 
 def losses(workdir: Path) -> list[tuple[int, float]]:
-    return [(line["step"], line["loss"]) for line in read_metrics(workdir / "metrics.jsonl")]
+    return [(line["step"], line["loss"]) for line in read_lines(workdir / "metrics.jsonl")]
 
 
 @pytest.fixture(scope="module")
@@ -49,12 +51,18 @@ def test_20_steps_on_8_devices_give_the_losses_of_one(sizes, on_one_device, data
     assert [step for step, _ in eight] == list(range(1, 21))
     for (_, expected), (_, found) in zip(one, eight, strict=True):
         assert found == pytest.approx(expected, rel=1e-5)
+    first, other = (read_lines(folder / "metrics.jsonl")[0] for folder in (on_one_device, tmp_path))
+    for name in (name for name in first if "norm" in name or "accuracy" in name):
+        assert other[name] == pytest.approx(first[name], rel=1e-4)
 
 
 def test_metrics_hold_what_was_promised_and_the_loss_falls(on_one_device):
-    lines = read_metrics(on_one_device / "metrics.jsonl")
-    promised = {"step", "loss", "logit_scale", "gradient_norm", "learning_rate", "pairs_per_second", "data_wait"}
-    assert promised <= lines[0].keys()
+    lines = read_lines(on_one_device / "metrics.jsonl")
+    norms = {f"{of}_norm{part}" for of in ("gradient", "parameter") for part in ("", "_image", "_text")}
+    rates = {"pairs_per_second", "pairs_per_second_per_chip", "data_wait"}
+    others = {"step", "loss", "logit_scale", "learning_rate", "valid", "skipped"}
+    assert lines[0].keys() == norms | rates | ACCURACIES | others
+    assert all(math.isfinite(value) for line in lines for value in line.values())
     assert lines[0]["loss"] == pytest.approx(3.466, abs=0.5)  # ln 32
     assert lines[-1]["loss"] < lines[0]["loss"]
     assert lines[-1]["learning_rate"] < lines[2]["learning_rate"] == pytest.approx(1e-3)
@@ -99,7 +107,7 @@ def test_a_run_killed_between_two_checkpoints_and_started_again_is_the_uninterru
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    killed_at = len(read_metrics(metrics))
+    killed_at = len(read_lines(metrics))
     assert 6 <= killed_at < 12, "killed too late to show anything"
 
     assert "resumed at step" in finish(start(cut, data_dir))
@@ -125,7 +133,10 @@ def test_the_sigmoid_loss_trains_a_bias_in_either_form_and_on_the_batch_whole_or
     assert dense[-1][1] < dense[0][1]
     for (_, expected), (_, found) in zip(dense, ring, strict=True):
         assert found == pytest.approx(expected, rel=1e-5)
-    assert clip_jax.load(tmp_path / "ring")[0].weights.params["logit_bias"] != -10
+    bias = clip_jax.load(tmp_path / "ring")[0].weights.params["logit_bias"]
+    lines = read_lines(tmp_path / "ring" / "metrics.jsonl")
+    assert [lines[0]["logit_bias"], bias] == [-10, pytest.approx(lines[-1]["logit_bias"], abs=2e-3)]
+    assert bias != -10
 
 
 def test_a_workdir_of_another_config_is_refused_by_the_fields_that_differ(on_one_device, data_dir):
@@ -134,7 +145,9 @@ def test_a_workdir_of_another_config_is_refused_by_the_fields_that_differ(on_one
     before = (on_one_device / "config.json").read_bytes()
     with pytest.raises(UserError, match=r"optim.learning_rate: 0.001 -> 0.0005; seed: 0 -> 1") as error:
         train(other, on_one_device, devices=jax.devices()[:1])
-    assert "mesh" not in str(error.value)
+    changed, free = str(error.value).split("What may change when a run goes on:")
+    assert "mesh" not in changed
+    assert "mesh" in free
     assert (on_one_device / "config.json").read_bytes() == before
 
 

@@ -48,7 +48,7 @@ def compiled(mesh: jax.sharding.Mesh, parts: int, dtype: str) -> tuple[jax.stage
     def loss(params, batch):
         encode = in_parts(make_encode(definition, jax.random.key(5)), parts, mesh)
         (img, txt), _ = encode(Weights(params, {}), batch, jnp.arange(SIZE))
-        return losses.softmax(img, txt, scale=jnp.exp(params["logit_scale"]), valid_B=batch.valid, ring=ring)
+        return losses.softmax(img, txt, scale=jnp.exp(params["logit_scale"]), valid_B=batch.valid, ring=ring).loss
 
     specs = sharding.parameter_specs(params)
     places = jax.tree.map(lambda spec: jax.sharding.NamedSharding(mesh, spec), specs)
@@ -127,7 +127,7 @@ def test_what_is_looked_for_in_a_compiled_program_is_found_where_the_batch_is_cu
 
         rows = jax.tree.map(lambda x: x.reshape(4, -1, *x.shape[1:]), (batch, jnp.arange(SIZE)))
         img, txt = jax.tree.map(lambda x: x.reshape(SIZE, -1), jax.lax.map(one, rows))
-        return losses.softmax(img, txt, scale=jnp.float32(14), valid_B=batch.valid)
+        return losses.softmax(img, txt, scale=jnp.float32(14), valid_B=batch.valid).loss
 
     text = jax.jit(jax.grad(loss)).lower(*arguments).compile().as_text()
     assert crossing_images(text)

@@ -16,7 +16,7 @@ from clip_jax.data.pipeline import training_pairs
 from clip_jax.data.sources import open_training_source
 from clip_jax.models.variants import architecture
 from clip_jax.training.feed import merged
-from clip_jax.training.metrics import read_metrics
+from clip_jax.training.step_lines import read_lines
 
 STEPS, EVERY = 60, 20
 
@@ -39,7 +39,7 @@ def run(workdir: Path, data_dir: Path, *own: list[str]) -> list[subprocess.Popen
 
 
 def losses(workdir: Path) -> list[tuple[int, float]]:
-    return [(line["step"], line["loss"]) for line in read_metrics(workdir / "metrics.jsonl")]
+    return [(line["step"], line["loss"]) for line in read_lines(workdir / "metrics.jsonl")]
 
 
 def wait_until_between_checkpoints(workdir: Path, processes: list[subprocess.Popen]) -> None:
@@ -156,7 +156,7 @@ def test_what_each_process_cannot_read_is_counted_together_and_too_much_of_it_st
     fields = [f"--config.data.train=wds:{folder}", "--config.duration=6", "--config.log_every=2"]
     ends = finish(run(tmp_path / "run", tmp_path, fields, fields))
     assert [code for code, *_ in ends] == [0, 0], ends
-    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    lines = read_lines(tmp_path / "run" / "metrics.jsonl")
     counted = merged([line.get("bad_records", {}) for line in lines])
     config = Config(data=DataConfig(train=f"wds:{folder}", global_batch=16))
     pairs = training_pairs(config, architecture(config.model), None, open_training_source(config.data), rows=range(16))

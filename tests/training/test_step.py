@@ -1,5 +1,6 @@
 """One update: what it leaves, it leaves in its place; what repeats adds up."""
 
+import dataclasses
 import re
 
 import jax
@@ -8,15 +9,18 @@ import numpy as np
 import pytest
 
 from clip_jax import optim, sharding
+from clip_jax.architecture import ResNetTower
 from clip_jax.config import MeshConfig, OptimConfig, Steps
-from clip_jax.models.clip import LOGIT_SCALE_MAX, Definition, Weights
+from clip_jax.models.clip import LOGIT_SCALE_MAX, Definition, Weights, normalise_pixels
 from clip_jax.models.transformer import Compute
 from clip_jax.models.variants import VARIANTS
-from clip_jax.training.state import abstract_state, initial_state
-from clip_jax.training.step import make_train_step
+from clip_jax.training import step as training_step
+from clip_jax.training.state import TrainState, abstract_state, initial_state
+from clip_jax.training.step import make_train_step, norms
 from clip_jax.typing import Batch
 
 ARCHITECTURE = VARIANTS["ViT-W64/4@16px"]
+RESNET = ResNetTower(image_size=32, depths=(1, 1, 1, 1), width=8, num_heads=4)
 CONFIG = OptimConfig(warmup="1 step", learning_rate=1e-2)
 
 
@@ -64,6 +68,14 @@ def test_no_parameter_that_is_split_is_ever_whole_on_a_device():
     assert max(made) == max(eighths)
 
 
+def test_norms_are_of_all_and_by_tower_and_none_of_a_tower_that_has_nothing_trained():
+    tree = {"image": {"a": jnp.full(4, 3.0), "b": jnp.float32(0)}, "text": {"a": jnp.full(1, 8.0)}, "logit_scale": 1.0}
+    found = {name: value.item() for name, value in norms("gradient", tree).items()}
+    assert found == {"gradient_norm_image": 6, "gradient_norm_text": 8, "gradient_norm": pytest.approx(101**0.5)}
+    for nothing in ({}, None, {"a": None}):
+        assert norms("gradient", tree | {"image": nothing}).keys() == {"gradient_norm", "gradient_norm_text"}
+
+
 def test_logit_scale_never_passes_ln_100():
     definition = Definition(ARCHITECTURE)
     optimizer = optim.make(CONFIG, definition.shapes().params, Steps(10, 1))
@@ -74,6 +86,39 @@ def test_logit_scale_never_passes_ln_100():
     step = make_train_step(definition, optimizer, abstract)
     state, _ = step(state, sharding.to_mesh(batch_of(8), 8, mesh))
     assert state.params["logit_scale"].item() <= np.float32(LOGIT_SCALE_MAX)
+
+
+def test_an_update_that_is_not_finite_leaves_everything_but_the_step_and_the_next_goes_on(monkeypatch):
+    """Planted is one record whose pixels become NaN; batch norm's statistics would keep it."""
+    arch = dataclasses.replace(ARCHITECTURE, image=RESNET)
+    definition = Definition(arch)
+    optimizer = optim.make(CONFIG, definition.shapes().params, Steps(10, 1))
+    abstract = abstract_state(definition, optimizer, sharding.make_mesh(MeshConfig(), jax.devices()[:1]))
+    state = initial_state(definition, optimizer, abstract, seed=0)
+
+    def planted(pixels: jax.Array, preprocess) -> jax.Array:
+        marked_B = (pixels == 255).all((1, 2, 3))
+        return jnp.where(marked_B[:, None, None, None], jnp.nan, normalise_pixels(pixels, preprocess))
+
+    monkeypatch.setattr(training_step, "normalise_pixels", planted)
+    step = make_train_step(definition, optimizer, abstract)
+    batch = batch_of(8)
+    batch = batch._replace(image=np.tile(batch.image, (1, 2, 2, 1)))
+    bad = batch._replace(image=batch.image.copy())
+    bad.image[3] = 255
+    for given, finite in ((batch, True), (bad, False), (batch, True)):
+        before = jax.device_get(state)
+        state, metrics = step(state, given)
+        after = jax.device_get(state)
+        assert metrics["finite"].item() is finite
+        assert after.step == before.step + 1
+        changed = jax.tree.map(lambda x, y: bool((x != y).any()), *(replace_step(x) for x in (before, after)))
+        assert any(jax.tree.leaves(changed)) is finite
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves(after))
+
+
+def replace_step(state: TrainState) -> TrainState:
+    return dataclasses.replace(state, step=None)
 
 
 def test_gradients_of_a_token_that_repeats_add_up_in_float32_under_bfloat16_compute():

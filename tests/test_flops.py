@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from clip_jax import flops
 from clip_jax.architecture import ResNetTower
 from clip_jax.models.clip import Definition
 from clip_jax.models.transformer import Compute
 from clip_jax.models.variants import VARIANTS
-from clip_jax.planning import flops
+from clip_jax.planning.topology import GENERATIONS
 
 # Forward GFLOP of one image and one text of OpenAI's models, as counters of PyTorch's find them.
 PUBLISHED = {
@@ -61,9 +62,15 @@ def test_xla_counts_a_towers_forward_pass_alike(architecture, within):
     assert flops.of_pair(architecture).image == pytest.approx(counted, rel=within)
 
 
-def test_training_is_three_forward_passes():
+def test_training_is_three_forward_passes_and_one_of_a_tower_that_is_frozen():
     counted = flops.of_pair(VARIANTS["ViT-B/32"])
-    assert counted.training == 3 * (counted.image + counted.text)
+    assert counted.training() == 3 * (counted.image + counted.text)
+    assert counted.training(frozen=["image"]) == counted.image + 3 * counted.text
+
+
+def test_every_generation_that_is_planned_for_has_a_peak_by_all_the_names_of_its_chips():
+    assert {flops.PEAKS[name] for name in ("TPU v5 lite", GENERATIONS["v5e"].chip)} == {GENERATIONS["v5e"].peak}
+    assert [generation.peak / 1e12 for generation in GENERATIONS.values()] == [275, 197, 459, 918]
 
 
 def test_patches_that_are_not_seen_cost_nothing_behind_the_embedding():

@@ -1,4 +1,4 @@
-"""How many FLOP a pair costs: what the architecture asks for, whatever the compiler makes of it.
+"""How many FLOP a pair costs, what the architecture asks for whatever the compiler makes of it; and what a chip can do.
 
 Two a multiply-add of every matrix product and convolution, attention scores included, masked ones too; norms,
 activations and look-ups are not counted. Texts are at full length.
@@ -6,10 +6,26 @@ activations and look-ups are not counted. Texts are at full length.
 
 import dataclasses
 import functools
+from collections.abc import Collection
 
 from clip_jax.architecture import Architecture, ImageTower, ResNetTower, TextTower, ViTTower
 
 BACKWARD = 2  # times the forward pass: a product's two gradients are each a product of the same size
+
+# Dense bfloat16 FLOP/s of a chip, by JAX's name for the device; from Google's pages, and NVIDIA's data sheets, whose
+# figures with sparsity are twice these. The very names: a part of a GPU (MIG) has its GPU's name, and more behind it.
+PEAKS = {
+    "TPU v4": 275e12,
+    **dict.fromkeys(("TPU v5 lite", "TPU v5e"), 197e12),
+    **dict.fromkeys(("TPU v5", "TPU v5p"), 459e12),
+    **dict.fromkeys(("TPU v6 lite", "TPU v6e"), 918e12),
+    **dict.fromkeys(("NVIDIA A100-SXM4-40GB", "NVIDIA A100-SXM4-80GB"), 312e12),
+    **dict.fromkeys(("NVIDIA A100-PCIE-40GB", "NVIDIA A100 80GB PCIe"), 312e12),
+    **dict.fromkeys(("NVIDIA H100 80GB HBM3", "NVIDIA H200", "NVIDIA GH200 120GB", "NVIDIA GH200 480GB"), 989e12),
+    **dict.fromkeys(("NVIDIA H100 NVL", "NVIDIA H200 NVL"), 835e12),
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA B200": 2250e12,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,10 +35,12 @@ class Flops:
     image: int
     text: int
 
-    @property
-    def training(self) -> int:
-        """Returns those of forward and backward; what is computed again to save memory is not counted."""
-        return (1 + BACKWARD) * (self.image + self.text)
+    def training(self, frozen: Collection[str] = ()) -> int:
+        """Returns those of forward and backward; what is computed again to save memory is not counted.
+
+        `frozen` names towers, "image" or "text", none of whose parameters is trained: they have no backward pass.
+        """
+        return sum(n * (1 if tower in frozen else 1 + BACKWARD) for tower, n in dataclasses.asdict(self).items())
 
 
 def of_pair(architecture: Architecture, patch_dropout: float = 0.0) -> Flops:

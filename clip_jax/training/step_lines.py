@@ -1,0 +1,47 @@
+"""A file of one JSON object a line, each about a step; a run that goes on from a step takes back what came after it."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from clip_jax.files import writable, write_text
+
+
+class StepLines:
+    """Appends lines to a file."""
+
+    def __init__(self, path: Path, *, resumed_at: int):
+        """Opens the file, and drops the lines after a step: the run goes on from there and will write them again.
+
+        Raises:
+            UserError: it cannot be written; so does `write`.
+        """
+        self.path = path
+        if path.exists():
+            kept = [line for line in read_lines(path) if line["step"] <= resumed_at]
+            write_text(path, "".join(map(_text, kept)))
+        with writable(path):
+            self._file = path.open("a", encoding="utf-8")
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Writes a line, at once: a killed run keeps what it logged. A number that is not finite is null."""
+        with writable(self.path):
+            self._file.write(_text(line))
+            self._file.flush()
+
+    def close(self) -> None:
+        with writable(self.path):
+            self._file.close()
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Returns all lines; a last one that a kill cut short is left out."""
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def _text(line: dict[str, Any]) -> str:
+    """Returns strict JSON, which has no word for NaN."""
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+    return json.dumps(finite, allow_nan=False) + "\n"

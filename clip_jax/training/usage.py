@@ -1,0 +1,47 @@
+"""What a run gets out of its chips: pairs a second, the share of their peak, the memory in use.
+
+MFU (model FLOPs utilisation; PaLM, arXiv 2204.02311, appendix B) is analytic: what the architecture asks for, forward
+and backward, over what the chips could have done in that time. What is computed again to save memory does not count.
+"""
+
+import dataclasses
+
+import jax
+
+from clip_jax import flops
+from clip_jax.training.program import Program
+
+
+@dataclasses.dataclass(frozen=True)
+class Usage:
+    """What one second of a run is measured by."""
+
+    kind: str  # of the chips, as JAX calls them
+    chips: int
+    flops: int  # of a pair
+    here: list[jax.Device]  # the chips of this host
+
+    @classmethod
+    def of(cls, program: Program) -> "Usage":
+        """Returns what a program is measured by on its devices."""
+        config, arch, mesh = program.config, program.architecture, program.mesh
+        frozen = [tower for tower in ("image", "text") if not program.optimizer.trains(tower)]
+        towers = flops.of_pair(arch, config.model.patch_dropout).training(frozen)
+        loss = flops.of_loss(1, config.data.global_batch, arch.embed_dim, ring=False)  # a ring's second cosines: no
+        return cls(mesh.devices.flat[0].device_kind, mesh.size, towers + loss, list(mesh.local_devices))
+
+    def scalars(self, pairs_per_second: float) -> dict[str, float]:
+        """Returns pairs_per_second_per_chip; mfu where the peak is known; device_memory where the devices tell."""
+        rate = pairs_per_second / self.chips
+        found = {"pairs_per_second_per_chip": rate}
+        if peak := flops.PEAKS.get(self.kind):
+            found["mfu"] = rate * self.flops / peak
+        memory = [stats["peak_bytes_in_use"] for device in self.here if (stats := device.memory_stats())]
+        return found | ({"device_memory": max(memory)} if memory else {})
+
+    def described(self) -> str:
+        """Returns what MFU counts, or why there is none."""
+        cost = f"{self.flops / 1e9:,.4g} GFLOP a pair"
+        if peak := flops.PEAKS.get(self.kind):
+            return f"MFU: analytic, {cost}, {peak / 1e12:g} TFLOP/s a chip ({self.kind}, bfloat16, dense)"
+        return f"MFU: none, the peak of {self.kind!r} is not known (analytic {cost})"
