@@ -196,7 +196,7 @@ def our_run(weights: Weights, dtype: str, config: OptimConfig) -> tuple[list[flo
 
 
 # Adam divides by the gradient's own size: where that is rounding, float32's result is, too, unless eps is larger.
-@pytest.mark.parametrize(("dtype", "eps", "bar"), [("float64", 1e-6, 1e-6), ("float32", 1e-2, 1e-5)])
+@pytest.mark.parametrize(("dtype", "eps", "bar"), [("float64", 1e-6, 1e-9), ("float32", 1e-2, 1e-5)])
 def test_5_steps_in_stacked_blocks_are_those_of_pytorch_block_by_block(dtype, eps, bar, monkeypatch):
     clip, torch = openai_clip(), require("torch")
     monkeypatch.setattr(clip.model.LayerNorm, "forward", torch.nn.LayerNorm.forward)  # else float32, whatever comes in
