@@ -9,10 +9,12 @@ import jax
 import joblib
 
 from clip_jax import distributed, pretrained, sharding
+from clip_jax.architecture import Architecture
 from clip_jax.config import Config, leaves
 from clip_jax.data.pipeline import training_pairs
 from clip_jax.data.sources import Source, open_training_source
 from clip_jax.errors import UserError
+from clip_jax.models import variants
 from clip_jax.preemption import Preempted, never
 from clip_jax.training.checkpoint import Checkpoints, Keep, changed_data
 from clip_jax.training.evaluation import open_measures
