@@ -27,16 +27,17 @@ runpy.run_path("train.py", run_name="__main__")
 """
 # One process may use what was compiled before, which several may not (processes.py).
 ALONE = {"JAX_ENABLE_COMPILATION_CACHE": "true", "XLA_FLAGS": os.environ["XLA_FLAGS"]}
-SEVERAL = {"JAX_NUM_CPU_DEVICES": "1", "PJRT_NPROC": "8"}
+SEVERAL = {"PJRT_NPROC": "8"}
 
 
-def run(workdir: Path, data_dir: Path, fields: dict[str, Any], *more: str) -> subprocess.Popen:
+def run(workdir: Path, data_dir: Path, fields: dict[str, Any], *more: str, devices: int = 1) -> subprocess.Popen:
     """Starts a run of the quickstart's model on small batches, as a user would; `more` are further flags, of several
     processes."""
     fields = {"optim.warmup": 2, "data.global_batch": 16, "data.data_dir": data_dir} | fields
     overrides = [f"--config.{name}={value}" for name, value in fields.items()]
     command = ["--config=configs/quickstart.py", f"--workdir={workdir}", *overrides, *more]
-    return start(["-c", TRAIN, *command], **(SEVERAL if more else ALONE))
+    environment = (SEVERAL if more else ALONE) | {"JAX_NUM_CPU_DEVICES": str(devices)}
+    return start(["-c", TRAIN, *command], **environment)
 
 
 def wait_for_lines(process: subprocess.Popen, workdir: Path, lines: int, seconds: float = 300) -> None:

@@ -54,7 +54,7 @@ def tiny(changes: dict) -> dict:
 
 
 @pytest.mark.filterwarnings("ignore:Importing from timm.models.helpers is deprecated:FutureWarning")
-@pytest.mark.parametrize("case", [*CONFIGS, "SigLIP"])
+@pytest.mark.parametrize("case", [*CONFIGS, pytest.param("SigLIP", marks=pytest.mark.full)])
 def test_locked_groups_are_open_clips(case):
     config = open_clip_models.narrowed("ViT-B-16-SigLIP") if case == "SigLIP" else tiny(CONFIGS[case])
     timm_depth = 3 if case == "SigLIP" else None

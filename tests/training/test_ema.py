@@ -68,6 +68,7 @@ def test_averages_after_five_steps_are_numpys_block_by_block(sizes, x64):
         np.testing.assert_array_equal(averaged[path], found.get(path, last), err_msg=path)
 
 
+@pytest.mark.full
 def test_an_update_that_is_skipped_leaves_the_averages():
     definition = Definition(RESNET)
     optimizer = optim.make(CONFIG, definition.shapes().params, Steps(10, 0))

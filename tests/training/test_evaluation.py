@@ -46,6 +46,7 @@ def test_a_run_finds_what_its_last_checkpoint_gives_to_eval(sizes, data_dir, tmp
             assert result["pretrained"] == f"{tmp_path}/checkpoints/{step}"
 
 
+@pytest.mark.full
 def test_the_checkpoint_where_a_metric_was_highest_stays(data_dir, tmp_path):
     acc1 = f"{DIGITS}/acc1"
     tasks = EvaluationConfig(f"zeroshot_classification={SCANS}", every=2)

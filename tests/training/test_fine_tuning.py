@@ -155,6 +155,7 @@ def test_a_runs_folder_says_what_it_is_without_the_weights_it_came_from(run, fil
     assert clip_jax.load(run)[0].architecture == VIT
 
 
+@pytest.mark.full
 def test_a_resumed_run_reads_its_checkpoint_and_not_the_weights_it_started_from(file, data_dir, tmp_path, run):
     again = config(data_dir, tmp_path / "gone.pt")
     shutil.copytree(run, tmp_path / "run")

@@ -55,6 +55,7 @@ def test_a_disk_that_fills_up_during_a_save_ends_the_run_and_with_more_room_it_g
     assert sorted(int(path.name) for path in (workdir / "checkpoints").iterdir()) == list(range(20, 161, 20))
 
 
+@pytest.mark.full
 def test_a_disk_that_has_no_room_for_a_line_ends_the_run_in_one_line(disk, data_dir):
     workdir = disk("size=64m") / "run"
     process = run(workdir, data_dir, FIELDS | {"checkpoint_every": 1000, "log_every": 1})
@@ -65,6 +66,7 @@ def test_a_disk_that_has_no_room_for_a_line_ends_the_run_in_one_line(disk, data_
     assert f"error: cannot write {workdir}/metrics.jsonl: No space left on device; choose another place" in error
 
 
+@pytest.mark.full
 def test_a_folder_that_is_read_only_is_said_before_anything_is_trained(disk, data_dir):
     workdir = disk("size=64m,ro") / "run"
     code, error = ended(run(workdir, data_dir, FIELDS))

@@ -50,6 +50,7 @@ def test_a_run_that_is_told_to_end_at_any_moment_saves_and_is_the_uninterrupted_
     identical(tmp_path, uninterrupted)
 
 
+@pytest.mark.full
 def test_all_processes_of_a_run_save_at_one_step_when_one_of_them_is_told(data_dir, tmp_path):
     fields = {"duration": 40, "log_every": 2}
 
@@ -71,6 +72,7 @@ def test_all_processes_of_a_run_save_at_one_step_when_one_of_them_is_told(data_d
     assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [1, *range(2, 41, 2)]
 
 
+@pytest.mark.full
 def test_a_reader_is_deaf_to_what_a_scheduler_sends_to_all(uninterrupted, data_dir, tmp_path):
     process = run(tmp_path, data_dir, FIELDS | {"data.num_workers": 2})
     wait_for_lines(process, tmp_path, 3)

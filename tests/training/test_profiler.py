@@ -37,6 +37,7 @@ def test_where_libtpu_finds_no_tpu_the_profiler_is_refused_for_it_would_crash(mo
     assert profiler.window("1:2", done=0, total=10) == (1, 2)
 
 
+@pytest.mark.full
 def test_a_run_leaves_a_trace_of_the_windows_steps_alone_and_says_how_to_open_it(data_dir, tmp_path, capfd):
     devices = jax.devices()[:1]
     with pytest.raises(UserError, match="--profile=3:5 should lie"):

@@ -75,6 +75,7 @@ def train(workdir: Path, data_dir: Path, home: Path) -> str:
     return done.stderr
 
 
+@pytest.mark.full
 def test_a_run_and_the_run_that_goes_on_are_one_in_weights_and_biases_with_the_lines_of_metrics_jsonl(
     data_dir, tmp_path
 ):
