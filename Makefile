@@ -2,7 +2,7 @@
 # make test         what every change must pass, 15 minutes at most on 2 cores
 # make test-full    everything, the full-size and long cases too
 # make test-latest  all that needs no PyTorch, on the newest JAX (needs a Python of 3.12 or later)
-# make benchmark    beside OpenAI's own code, the memory of conversions, and the loss in both forms (a few minutes)
+# make benchmark    beside OpenAI's own code, the memory of conversions, the loss in both forms, saves (a few minutes)
 # make benchmark-data  the data path beside OpenCLIP's loader, and what indexes and long runs cost (15 minutes)
 # make plans        what the shipped configs take on their TPU slices, into docs/scaling.md (minutes a config)
 # make lint         ruff
@@ -55,6 +55,7 @@ benchmark: $(VENV_TEST)/.ready
 	$(VENV_TEST)/bin/python benchmarks/openai_clip.py
 	$(VENV_TEST)/bin/python benchmarks/conversion_memory.py
 	$(VENV_TEST)/bin/python benchmarks/contrastive_loss.py
+	$(VENV_TEST)/bin/python benchmarks/checkpoints.py
 
 benchmark-data: $(VENV_TEST)/.ready
 	$(VENV_TEST)/bin/python benchmarks/input_pipeline.py
