@@ -10,7 +10,7 @@ import pytest
 
 from clip_jax import config as c
 from clip_jax.architecture import Architecture
-from clip_jax.config import Config, DataConfig, LossConfig, MeshConfig, ModelConfig, OptimConfig
+from clip_jax.config import Config, DataConfig, EvaluationConfig, LossConfig, MeshConfig, ModelConfig, OptimConfig
 from clip_jax.errors import UserError
 from clip_jax.models.variants import VARIANTS, architecture
 from clip_jax.workdir import Workdir
@@ -197,8 +197,10 @@ def test_leaves_are_all_fields_by_their_dotted_path():
     assert found["seed"] == (int, 3)
     assert found["model.image_size"] == (int | None, None)
     assert found["mesh.fsdp"] == (int, 1)
-    parts = [ModelConfig, DataConfig, OptimConfig, LossConfig, MeshConfig]
-    assert len(found) == sum(len(dataclasses.fields(part)) for part in parts) + len(dataclasses.fields(Config)) - 5
+    parts = [ModelConfig, DataConfig, OptimConfig, LossConfig, MeshConfig, EvaluationConfig]
+    assert len(found) == sum(len(dataclasses.fields(part)) for part in parts) + len(dataclasses.fields(Config)) - len(
+        parts
+    )
 
 
 def test_differences_name_what_a_resumed_run_may_not_change():

@@ -87,12 +87,15 @@ def make_train_step(
         metrics["learning_rate"] = optimizer.schedule(state.step)
         # The norm is not finite, where any gradient is not.
         metrics["finite"] = finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
-        trained, moments = optimizer.update(gradients, state.optimizer, trained, state.step)
-        params = optim.join(trained, fixed)
-        params = constrain(params) if "logit_scale" in trained else params  # what is fixed stays as it is
-        ema = optimizer.averaged(state.ema, Weights(trained, statistics), state.step)
-        updated = TrainState(state.step, params, statistics, moments, ema)
-        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
+
+        def update() -> TrainState:
+            moved, moments = optimizer.update(gradients, state.optimizer, trained, state.step)
+            params = optim.join(moved, fixed)
+            params = constrain(params) if "logit_scale" in moved else params  # what is fixed stays as it is
+            ema = optimizer.averaged(state.ema, Weights(moved, statistics), state.step)
+            return TrainState(state.step, params, statistics, moments, ema)
+
+        kept = jax.lax.cond(finite, update, lambda: state)
         return dataclasses.replace(kept, step=state.step + 1), metrics
 
     places = jax.tree.map(lambda x: x.sharding, abstract)

@@ -92,6 +92,7 @@ def test_no_scores_are_kept_for_the_backward_pass():
     assert max(x.size for x in jax.tree.leaves(back)) == B * N * 64 * K
 
 
+@pytest.mark.full
 def test_blocks_make_the_same_of_patches_and_class_token_apart_as_of_both_together(x64):
     tower = ViTTower(image_size=12, patch_size=4, width=24, depth=3, num_heads=2, mlp_dim=40)
     blocks = transformer.stack(transformer.image_block, jax.random.key(0), tower, Compute())

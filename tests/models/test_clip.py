@@ -222,6 +222,7 @@ def test_remat_policies_give_equal_gradients_and_each_keeps_less_than_the_one_be
 # --- on a mesh whose devices split weights ---
 
 
+@pytest.mark.full
 def test_rows_stay_apart_where_weights_are_split_and_the_gradients_are_the_same(x64, params, images, tokens):
     wide = jax.tree.map(jnp.float64, params)
     images, tokens = (jnp.tile(x, (4,) + (1,) * (x.ndim - 1)) for x in (images, tokens))

@@ -241,6 +241,7 @@ def one_step(sizes: tuple[int, int, int]) -> tuple[TrainState, TrainState, float
         return before, jax.device_get(after), metrics["loss"].item()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "sizes",
     [

@@ -408,6 +408,7 @@ def test_storage_that_does_not_answer_at_once_is_asked_again(tmp_path, monkeypat
 # --- what happens to processes ---
 
 
+@pytest.mark.full
 def test_a_worker_that_is_killed_ends_the_run_with_words(tmp_path):
     folder = shards.write_several(tmp_path / "data", shards=2, records=50)
     config = config_of(f"wds:{folder}", num_workers=1)

@@ -123,12 +123,12 @@ def test_parameters_are_created_in_their_places_and_are_the_same_on_any_mesh():
 # --- storage that gives back other bytes than it was given ---
 
 
-def test_any_flipped_bit_is_found(saved, tmp_path):
+def test_any_of_200_flipped_bits_is_found(saved, tmp_path):
     folder = shutil.copytree(saved[0], tmp_path / "copy") / "7"
     files = [path for path in folder.rglob("*") if path.is_file() and path.name not in checksums.OF_THE_COMMIT]
     random = np.random.default_rng(0)
     assert checksums.damage(folder) is None
-    for path in files:
+    for path in [files[i] for i in random.permutation(200) % len(files)]:  # in every file, in many two
         content = path.read_bytes()
         bit = int(random.integers(8 * len(content)))
         flipped = bytearray(content)

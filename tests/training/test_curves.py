@@ -37,6 +37,7 @@ def lines(count: int, **more) -> list[dict]:
     return [{"step": 10 * i, "loss": 5 / i, "image_to_text_accuracy": 1 - 1 / i} | more for i in range(1, count + 1)]
 
 
+@pytest.mark.full
 def test_a_real_run_is_drawn_from_the_command_line_into_its_folder(workdir):
     command = [sys.executable, "-m", "clip_jax.training.report", str(workdir)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)

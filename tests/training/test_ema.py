@@ -34,6 +34,7 @@ def batch(step: int) -> Batch:
     return Batch(random.integers(0, 256, (8, 32, 32, 3), np.uint8), tokens, np.ones(8, bool))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("sizes", [(1, 1, 1), pytest.param((2, 2, 2), marks=pytest.mark.full)])
 def test_averages_after_five_steps_are_numpys_block_by_block(sizes, x64):
     """Two of three blocks of the text tower are fixed, and so is what comes before them."""

@@ -28,7 +28,9 @@ def config(data_dir, **changes) -> Config:
     )
 
 
-@pytest.mark.parametrize("sizes", [(4, 2, 1), pytest.param((1, 1, 1), marks=pytest.mark.full)])
+@pytest.mark.parametrize(
+    "sizes", [(2, 1, 1), *[pytest.param(s, marks=pytest.mark.full) for s in ((1, 1, 1), (4, 2, 1))]]
+)
 def test_a_run_finds_what_its_last_checkpoint_gives_to_eval(sizes, data_dir, tmp_path):
     devices = jax.devices()[: sizes[0] * sizes[1] * sizes[2]]
     train(config(data_dir, mesh=MeshConfig(*sizes)), tmp_path, devices=devices)

@@ -180,6 +180,7 @@ def test_a_run_that_was_stopped_before_its_first_checkpoint_starts_from_the_weig
         train(gone, tmp_path / "run", devices=ONE)
 
 
+@pytest.mark.full
 def test_a_tokenizer_comes_with_the_weights_and_stays_with_the_run(data_dir, tmp_path):
     small = Architecture(
         embed_dim=8,
@@ -341,6 +342,7 @@ def test_adapters_are_merged_in_what_is_written_for_others(target_format, adapte
     assert pretrained.convert(adapted, target_format, tmp_path / "target", check=True), capsys.readouterr().out
 
 
+@pytest.mark.full
 def test_adapters_give_the_losses_of_one_device_on_eight(adapted, file, data_dir, tmp_path):
     changes = {"model__lora_rank": 4, "model__lora_alpha": 8.0, "model__image_size": 48}
     train(config(data_dir, file, **changes), tmp_path, devices=ONE)

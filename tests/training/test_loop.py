@@ -95,6 +95,7 @@ def finish(process: subprocess.Popen) -> str:
     return said
 
 
+@pytest.mark.full
 def test_a_run_killed_between_two_checkpoints_and_started_again_is_the_uninterrupted_run(data_dir, tmp_path):
     finish(start(tmp_path / "whole", data_dir))
 
@@ -121,6 +122,7 @@ def test_a_finished_run_started_again_changes_nothing(on_one_device, data_dir):
     assert losses(on_one_device) == before
 
 
+@pytest.mark.full
 def test_the_sigmoid_loss_trains_a_bias_in_either_form_and_on_the_batch_whole_or_in_parts(data_dir, tmp_path):
     config = small_config(data_dir, duration="6 steps")
     config.model.logit_bias, config.model.patch_dropout = True, 0.5

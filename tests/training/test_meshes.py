@@ -53,6 +53,7 @@ def test_a_mesh_of_8_has_the_losses_of_one_device_in_float64():
     assert losses[-1] != pytest.approx(losses[0], rel=0.05), "nothing was trained"
 
 
+@pytest.mark.full
 def test_two_hosts_on_one_tensor_axis_read_the_same_rows_and_have_the_losses_of_one_device():
     first, second = check(2, [case("vit", "float64", (1, 1, 8))])
     assert first[0]["rows"] == second[0]["rows"] == list(range(16))

@@ -152,6 +152,7 @@ def test_an_eighth_of_the_batch_at_a_time_takes_a_fifth_of_the_memory_or_less():
 # --- what goes through the parts ---
 
 
+@pytest.mark.full
 def test_batch_norm_sees_every_part_and_no_gradient_goes_through_its_running_statistics():
     definition = Definition(RESNET)
     weights = jax.jit(definition.init)(jax.random.key(0))
@@ -169,6 +170,7 @@ def test_batch_norm_sees_every_part_and_no_gradient_goes_through_its_running_sta
     assert not any(np.any(x) for x in jax.tree.leaves(gradients))
 
 
+@pytest.mark.full
 def test_dropped_patches_are_another_choice_for_each_image_and_step_and_none_in_evaluation():
     definition = Definition(VIT, Compute(patch_dropout=0.5))
     weights = jax.jit(definition.init)(jax.random.key(0))

@@ -93,6 +93,7 @@ def updated(optimizer: str, sizes: tuple[int, int, int]) -> TrainState:
         return jax.device_get(TrainState(jnp.int32(3), optim.join(trained, fixed), {}, kept))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("sizes", [(2, 2, 2), pytest.param((1, 8, 1), marks=pytest.mark.full)])
 @pytest.mark.parametrize(
     "optimizer", ["adafactor", *[pytest.param(o, marks=pytest.mark.full) for o in OPTIMIZERS if o != "adafactor"]]
@@ -134,6 +135,7 @@ def stepped(
         return before, jax.device_get(state), jax.device_get(metrics)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("optimizer", "sizes", "remat"),
     [

@@ -93,6 +93,7 @@ def die(workdir: Path, data_dir: Path, victim: int, number: int) -> None:
     assert "start all processes again with the same command, and the run goes on from there" in said
 
 
+@pytest.mark.full
 def test_the_first_process_dies_and_the_other_ends_with_words(data_dir, tmp_path):
     die(tmp_path, data_dir, 0, signal.SIGKILL)
 

@@ -16,6 +16,8 @@ from clip_jax.training.loop import train
 from clip_jax.weights.mapping import flatten
 from clip_jax.workdir import Workdir
 
+pytestmark = pytest.mark.full
+
 SMALL = Architecture(
     embed_dim=16,
     image=ResNetTower(32, width=8, depths=(1, 2, 1, 1), num_heads=4),
