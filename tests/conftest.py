@@ -5,8 +5,8 @@ import os
 # For the processes that tests start, too.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["PJRT_NPROC"] = "64"  # threads of XLA: where a device waits for the others, it waits in one of them
-# Most of the time is compilation, and this takes a third off it. `make test-full` sets none: what users run.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
+# Most of the time is compilation, and this takes half off it. `make test-full` sets none: what users run.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,13 +1,14 @@
 """A data set through a model: every image once, in order."""
 
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax
 import numpy as np
 import rich.console
 import rich.progress
 
+from clip_jax import distributed
 from clip_jax.architecture import Architecture
 from clip_jax.data.pipeline import evaluation_batches
 from clip_jax.data.sources import Source
@@ -16,6 +17,8 @@ from clip_jax.models.clip import l2_normalise, normalise_pixels
 from clip_jax.typing import Float, Int
 
 BATCH = 256  # images or texts a call
+
+T = TypeVar("T")
 
 
 @runtime_checkable
@@ -51,11 +54,13 @@ def encode_images(model: Encoder, source: Source, *, shows: bool = True) -> Enco
     """Returns the L2-normalised embedding of every image, in the order of the source; `shows` how far it is.
 
     Raises:
-        UserError: an image that cannot be read, or embeddings that are not finite.
+        UserError: an image that cannot be read, in every process of a run the same; or embeddings that are not finite.
     """
     arch = model.architecture
     features, labels, captions = [], [], []
-    batches = evaluation_batches(source, image_size=arch.image.image_size, preprocess=arch.preprocess, batch=BATCH)
+    batches = _together(
+        evaluation_batches(source, image_size=arch.image.image_size, preprocess=arch.preprocess, batch=BATCH)
+    )
     console = rich.console.Console(stderr=True)
     total = -(-len(source) // BATCH)
     for images, part in rich.progress.track(
@@ -70,6 +75,22 @@ def encode_images(model: Encoder, source: Source, *, shows: bool = True) -> Enco
         labels += [record.label for record in part]
         captions += [record.captions for record in part]
     return Encoded(_finite(np.concatenate(features), model), labels, captions)
+
+
+def _together(batches: Iterator[T]) -> Iterator[T]:
+    """Yields the batches; what one process cannot read no process does: they would wait for it on the devices."""
+    while True:
+        batch, problem = None, None
+        try:
+            batch = next(batches, None)
+        except UserError as error:
+            problem = str(error)
+        for found in distributed.gather(problem):
+            if found is not None:
+                raise UserError(found)
+        if batch is None:
+            return
+        yield batch
 
 
 def encode_texts(model: TextEncoder, texts: Sequence[str]) -> Float[np.ndarray, "B E"]:

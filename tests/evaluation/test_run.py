@@ -92,3 +92,10 @@ def test_an_unknown_task_names_the_nearest_and_writes_nothing(model, digits, tmp
     with pytest.raises(UserError, match="did you mean 'zeroshot_retrieval'"):
         evaluate(model, digits, "zero_shot_retrieval", output=tmp_path / "result.json")
     assert not list(tmp_path.iterdir())
+
+
+def test_what_another_process_cannot_read_is_not_encoded_here_either(model, digits, monkeypatch):
+    monkeypatch.setattr(encode.distributed, "gather", lambda problem: [problem, "image 3 of other:test cannot be read"])
+    monkeypatch.setattr(Model, "encode_image", lambda *_: pytest.fail("the devices would wait for each other"))
+    with pytest.raises(UserError, match="image 3 of other:test cannot be read"):
+        encode.encode_images(model, digits)
