@@ -121,11 +121,13 @@ def elsewhere(url: str | os.PathLike) -> Elsewhere:
     """Returns the path of a URL.
 
     Raises:
-        UserError: it is none of a bucket's, or the package for it is missing.
+        UserError: it is none of a bucket's, or has no plain name, or the package for it is missing.
     """
     url = os.fspath(url)
     if not re.match(rf"{_SCHEME}://?[^/]+", url):
         raise UserError(f"{url!r} cannot hold a run: of storage elsewhere that is {_SCHEME}://BUCKET/FOLDER alone")
+    if wrong := re.search(r"[*?\[\]#]", url):
+        raise UserError(f"{url!r} has a {wrong[0]!r} in it, which clients take for a pattern; choose another name")
     if importlib.util.find_spec("gcsfs") is None:
         raise UserError(f'{url} is read and written by gcsfs, which is missing: pip install "clip-nnx[cloud]"')
     os.environ.setdefault("EPATH_USE_TF", "false")  # or Orbax would read and write by TensorFlow, where there is one
