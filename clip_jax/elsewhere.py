@@ -92,7 +92,7 @@ class Elsewhere(PurePosixPath):
             _system().put(f"{folder}/", f"{self}/", recursive=True)
 
     def rename(self, target: "Elsewhere") -> None:
-        """Moves a folder: all of it is copied before the first of it goes."""
+        """Moves a folder, file by file."""
         with self._reached("moved"):
             _system().mv(str(self), str(target), recursive=True)
 

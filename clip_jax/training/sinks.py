@@ -49,6 +49,9 @@ class TensorBoard:
         length = struct.pack("<Q", len(event))  # a TFRecord: each of the two with its checksum
         self._file.write(length + self._checksum(length) + event + self._checksum(event))
 
+    def flush(self) -> None:
+        self._file.flush()
+
     def _checksum(self, data: bytes) -> bytes:
         return struct.pack("<I", self._parts.record_writer.masked_crc32c(data))
 
@@ -123,6 +126,9 @@ class WeightsAndBiases:
 
     def write(self, step: int, scalars: dict[str, int | float]) -> None:
         self._run.log({"step": step, **scalars})
+
+    def flush(self) -> None:
+        """Nothing: it sends by itself."""
 
     def close(self, *, failed: bool) -> None:
         self._run.finish(exit_code=int(failed))
