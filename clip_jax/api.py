@@ -202,7 +202,7 @@ def load(
 ) -> tuple[Model, ImagePreprocess]:
     """Returns (model, preprocess) of a name of `available_models()`, a file of OpenAI's, a folder of OpenCLIP's or
     Hugging Face's or one that `convert_weights.py` wrote, "hf://org/repo[@revision]", the workdir of a run (its latest
-    checkpoint; gs://BUCKET/FOLDER, too), or a lone state dict whose `variant` is told.
+    checkpoint; gs://BUCKET/FOLDER, too), WORKDIR/checkpoints/STEP, or a lone state dict whose `variant` is told.
 
     Parameters are float32, on `device` ("cpu", "cuda", "tpu" or one of JAX's; None: JAX's first). `dtype` is what is
     computed in, "float32" or "bfloat16"; a `variant` that is given is what the weights must be; `activation`

@@ -29,7 +29,7 @@ from clip_jax.weights.interpolate import interpolate
 from clip_jax.weights.mapping import DType, flatten
 from clip_jax.weights.resize import resize
 from clip_jax.weights.tensors import read_file
-from clip_jax.workdir import Workdir
+from clip_jax.workdir import CHECKPOINTS, Workdir
 
 
 class Asked(NamedTuple):
@@ -190,9 +190,11 @@ def _read(
         repository = str(source).removeprefix(hub.PREFIX)
         variant = repository if found.variant == folder.name else found.variant  # the folder's name is a commit's
         return dataclasses.replace(found, variant=variant, origin=str(source))
+    path = place(source) if is_elsewhere(source) else _expanded(source)
+    if path.parent.name == CHECKPOINTS and path.name.isdecimal() and Workdir(path.parent.parent).is_claimed():
+        return _read_run(path.parent.parent, dtype, step=int(path.name))
     if is_elsewhere(source):
-        return _read_run(place(source), dtype)
-    path = _expanded(source)
+        return _read_run(path, dtype)
     if os.path.isfile(path):  # noqa: PTH113 (Path's own fails for a name that is too long)
         return _read_file(path, expected, asked, dtype)
     if os.path.isdir(path):  # noqa: PTH112
@@ -271,9 +273,9 @@ def _expanded(path: str | os.PathLike) -> Path:
     return Path(os.path.expanduser(path))  # noqa: PTH111 (Path's own fails for a user that there is not)
 
 
-def _read_run(path: AnyPath, dtype: DType | None) -> Bundle:
-    """Returns what the latest checkpoint of a run holds, adapters merged; `dtype` is float32, which a run's weights
-    are."""
+def _read_run(path: AnyPath, dtype: DType | None, *, step: int | None = None) -> Bundle:
+    """Returns what a checkpoint of a run holds, the latest unless told otherwise, adapters merged; `dtype` is float32,
+    which a run's weights are."""
     from clip_jax.training.checkpoint import Checkpoints
 
     workdir = Workdir(path)
@@ -282,7 +284,7 @@ def _read_run(path: AnyPath, dtype: DType | None) -> Bundle:
     shapes = Definition(architecture, Compute(lora=lora)).shapes()
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
     with Checkpoints(workdir.checkpoints) as checkpoints:
-        step = checkpoints.latest()
+        step = checkpoints.latest() if step is None else step
         if step is None:
             raise UserError(f"{workdir.path} has no checkpoint yet; train it first")
         weights = checkpoints.restore_weights(step, abstract)

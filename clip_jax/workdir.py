@@ -26,6 +26,7 @@ from clip_jax.errors import UserError
 from clip_jax.files import AnyPath, children, read_text, write_text
 from clip_jax.tokenizer.file import FILE_NAME, FileTokenizer
 
+CHECKPOINTS = "checkpoints"  # the folder of them
 COMMITTED = "commit_success.txt"  # what Orbax writes last into a checkpoint
 
 
@@ -53,7 +54,7 @@ class Workdir:
 
     @property
     def checkpoints(self) -> AnyPath:
-        return self.path / "checkpoints"
+        return self.path / CHECKPOINTS
 
     @property
     def tensorboard(self) -> AnyPath:

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import math
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -30,6 +31,7 @@ from clip_jax.training.state import TrainState
 
 # What Orbax warns of whenever OCDBT is not used, or a folder is opened only to be read: both are meant.
 _MEANT = ("Skipping merge of OCDBT", "CheckpointManagerOptions.read_only=True", "Given directory is read only")
+_MEANT += ("did not provide metrics", "Missing metrics for step")  # of checkpoints whose state was not measured
 logging.getLogger("absl").addFilter(lambda record: not any(words in record.getMessage() for words in _MEANT))
 # Nor its tracebacks, of errors that it raises, too, and we tell.
 logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
@@ -37,6 +39,7 @@ logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "orb
 # Devices that hold the same array write a slice each, and every slice is a program to compile: 14 s at the first save
 # of the smallest model on 8 devices. Where a slice would be smaller than this, in bytes, one of them writes it all.
 _MIN_SLICE = 2**20
+_SHOWN = 20  # arrays of which a message says that they do not fit
 _HEADER = ".zarray"  # of an array, in the array's own folder
 
 
@@ -72,15 +75,8 @@ class Checkpoints:
         self.folder = folder.absolute()
         self._saving: int | None = None  # the step, for Orbax does not say
         self._saved_at = time.monotonic()
-        policies = ocp.checkpoint_managers.preservation_policy
-        kept = [] if keep is None else [policies.LatestN(keep.latest)]
-        if keep is not None and keep.every is not None:
-            kept.append(policies.EveryNSteps(keep.every))
-        if keep is not None and keep.best is not None:
-            highest = {"get_metric_fn": lambda metrics: metrics[keep.best], "keep_checkpoints_without_metrics": False}
-            kept.append(policies.BestN(n=1, **highest))
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=policies.AnyPreservationPolicy(kept) if kept else None,
+            **({} if keep is None else _policy(keep)),
             cleanup_tmp_directories=keep is not None,  # of saves that a kill has cut short
             create=keep is not None,
             read_only=keep is None,
@@ -224,8 +220,10 @@ class Checkpoints:
         """Returns the weights alone, moving averages where there are any, each in the place that `abstract` gives it.
 
         Raises:
-            UserError: damaged, or the weights are not those expected; lists all that differ.
+            UserError: no such step, damaged, or the weights are not those expected; lists what differs.
         """
+        if step not in (steps := self._manager.all_steps()):
+            raise UserError(f"{self.folder} has no checkpoint {step}; there are: {', '.join(map(str, sorted(steps)))}")
         if problem := checksums.damage(self.folder / str(step), ("params", "statistics", "ema")):
             raise self._damaged(step, problem)
         trees = {"params": abstract.params, "statistics": abstract.statistics}
@@ -280,6 +278,23 @@ class Checkpoints:
             self._manager.close()
 
 
+def _policy(keep: Keep) -> dict[str, Any]:
+    """Returns what Orbax is told of the checkpoints that stay."""
+    policies = ocp.checkpoint_managers.preservation_policy
+    kept = [policies.LatestN(keep.latest)]
+    if keep.every is not None:
+        kept.append(policies.EveryNSteps(keep.every))
+    if keep.best is None:
+        return {"preservation_policy": policies.AnyPreservationPolicy(kept)}
+
+    def value(metrics: dict[str, float]) -> float:
+        return metrics.get(keep.best, -math.inf)  # not there: it could not be measured, or was not yet asked for
+
+    kept.append(policies.BestN(get_metric_fn=value, n=1, keep_checkpoints_without_metrics=False))
+    # With a best_fn metrics are written beside the arrays: a run that goes on knows which was best.
+    return {"preservation_policy": policies.AnyPreservationPolicy(kept), "best_fn": value}
+
+
 def _line(error: Exception) -> str:
     return str(error).split("\n")[0] or type(error).__name__
 
@@ -313,7 +328,7 @@ def _leaves(tree: dict[str, Any], at: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _check_tree(folder: AnyPath, tree: Any) -> None:
-    """Raises UserError that lists every array which is missing, unexpected, or of another type or shape."""
+    """Raises UserError that lists the arrays which are missing, unexpected, or of another type or shape."""
     wanted = {
         path_of(keys): _description(leaf.dtype, leaf.shape) for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
@@ -325,7 +340,11 @@ def _check_tree(folder: AnyPath, tree: Any) -> None:
     problems += [f"unexpected {path}" for path in found if path not in wanted]
     problems += [f"{p} is {found[p]}, not {wanted[p]}" for p in wanted if p in found and found[p] != wanted[p]]
     if problems:
-        raise UserError(f"{folder} does not fit the model: {'; '.join(problems)}")
+        more = f"; and {len(problems) - _SHOWN:,} more" if len(problems) > _SHOWN else ""
+        raise UserError(
+            f"{folder} is not what this run would have saved: {'; '.join(problems[:_SHOWN])}{more}; if another version "
+            "of clip_jax has written it, go on with that one, or begin anew with init_from set to this run's folder"
+        )
 
 
 def _headers(folder: AnyPath) -> list[str]:

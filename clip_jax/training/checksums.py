@@ -30,6 +30,8 @@ def damage(folder: AnyPath, items: tuple[str, ...] | None = None, *, share: tupl
     """
     try:
         content = (folder / FILE).read_bytes()
+    except FileNotFoundError:
+        return f"it has no {FILE}, without which nobody knows whether it is whole"
     except OSError as error:
         return f"{FILE} cannot be read: {error}"
     try:

@@ -4,6 +4,7 @@ import json
 import math
 from typing import Any
 
+from clip_jax.errors import UserError
 from clip_jax.files import AnyPath, write_text
 from clip_jax.training.growing import growing
 
@@ -36,9 +37,22 @@ class StepLines:
 
 
 def read_lines(path: AnyPath) -> list[dict[str, Any]]:
-    """Returns all lines; a last one that a kill cut short is left out."""
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    """Returns all lines; what a kill or a power cut has left at the end, and is none, is left out.
+
+    Raises:
+        UserError: a line before is none; says which.
+    """
+    lines, cut = [], None
+    for number, text in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        try:
+            line = json.loads(text)
+        except ValueError as error:
+            cut = cut or f"{path}: line {number} is damaged ({error}); remove it, and start again"
+            continue
+        if cut:
+            raise UserError(cut)
+        lines.append(line)
+    return lines
 
 
 def _text(line: dict[str, Any]) -> str:
