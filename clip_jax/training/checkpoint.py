@@ -66,9 +66,13 @@ class Checkpoints:
         """
 
         def arrays() -> ocp.PyTreeCheckpointHandler:
-            handler = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_MIN_SLICE)
+            handler = ocp.type_handlers.ArrayHandler(
+                min_slice_bytes_for_replica_parallel=_MIN_SLICE,
+                enable_write_sharding_file=False,  # a run knows itself where its arrays are to lie
+            )
             return ocp.PyTreeCheckpointHandler(
                 use_ocdbt=False,  # a folder an array: its header says what it is
+                use_compression=False,  # it costs cores that read data, and takes a thirteenth off weights
                 type_handler_registry=ocp.type_handlers.create_type_handler_registry((jax.Array, handler)),
             )
 
