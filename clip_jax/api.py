@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +16,7 @@ from clip_jax.compiled import Placed
 from clip_jax.config import COMPUTE_DTYPES
 from clip_jax.data.transforms import evaluation_crop
 from clip_jax.errors import UserError
+from clip_jax.files import AnyPath
 from clip_jax.models.clip import Definition, Weights, normalise_pixels
 from clip_jax.models.layers import Array
 from clip_jax.models.text import pooled_at
@@ -37,7 +37,7 @@ class Model:
     placed: Placed = dataclasses.field(repr=False)  # as `compiled.place` leaves them
     name: str  # of the architecture, as results name it
     pretrained: str  # where the weights come from
-    results: Path | None = None  # where its evaluations go unless told otherwise; None: it is no run's
+    results: AnyPath | None = None  # where its evaluations go unless told otherwise; None: it is no run's
     tokenizer: str | None = dataclasses.field(default=None, repr=False)  # what its tokenizer.json says, if it has one
 
     @property
@@ -202,7 +202,7 @@ def load(
 ) -> tuple[Model, ImagePreprocess]:
     """Returns (model, preprocess) of a name of `available_models()`, a file of OpenAI's, a folder of OpenCLIP's or
     Hugging Face's or one that `convert_weights.py` wrote, "hf://org/repo[@revision]", the workdir of a run (its latest
-    checkpoint), or a lone state dict whose `variant` is told.
+    checkpoint; gs://BUCKET/FOLDER, too), WORKDIR/checkpoints/STEP, or a lone state dict whose `variant` is told.
 
     Parameters are float32, on `device` ("cpu", "cuda", "tpu" or one of JAX's; None: JAX's first). `dtype` is what is
     computed in, "float32" or "bfloat16"; a `variant` that is given is what the weights must be; `activation`

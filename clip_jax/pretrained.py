@@ -16,8 +16,9 @@ import rich.console
 
 from clip_jax.architecture import ACTIVATIONS, Architecture
 from clip_jax.config import Config, ModelConfig
+from clip_jax.elsewhere import is_elsewhere
 from clip_jax.errors import UserError, about, nearest
-from clip_jax.files import read_json
+from clip_jax.files import AnyPath, place, read_json
 from clip_jax.models.clip import Definition
 from clip_jax.models.transformer import Compute
 from clip_jax.models.variants import RESNETS, architecture, with_activation
@@ -28,7 +29,7 @@ from clip_jax.weights.interpolate import interpolate
 from clip_jax.weights.mapping import DType, flatten
 from clip_jax.weights.resize import resize
 from clip_jax.weights.tensors import read_file
-from clip_jax.workdir import Workdir
+from clip_jax.workdir import CHECKPOINTS, Workdir
 
 
 class Asked(NamedTuple):
@@ -60,7 +61,7 @@ def read(
 ) -> Bundle:
     """Returns the architecture and the weights, on the host, of a released model's name, a file of OpenAI's, a state
     dict whose variant is told, a folder of OpenCLIP's, Hugging Face's or ours, "hf://org/repo[@revision]", or the
-    workdir of a run (its latest checkpoint).
+    workdir of a run (its latest checkpoint), which may be gs://BUCKET/FOLDER.
 
     Floats come in `dtype`, or where that is None in the dtype of the source.
 
@@ -120,6 +121,8 @@ def convert(
     """
     if target_format not in WRITERS:
         raise UserError(f"unknown format {target_format!r}{nearest(target_format, WRITERS)}")
+    if is_elsewhere(target):
+        raise UserError(f"{str(target)!r} is not on this machine: write to a folder here, and copy it there")
     target = _expanded(target)
     original = read(source, asked)
     if wise_ft is not None:
@@ -187,7 +190,11 @@ def _read(
         repository = str(source).removeprefix(hub.PREFIX)
         variant = repository if found.variant == folder.name else found.variant  # the folder's name is a commit's
         return dataclasses.replace(found, variant=variant, origin=str(source))
-    path = _expanded(source)
+    path = place(source) if is_elsewhere(source) else _expanded(source)
+    if path.parent.name == CHECKPOINTS and path.name.isdecimal() and Workdir(path.parent.parent).is_claimed():
+        return _read_run(path.parent.parent, dtype, step=int(path.name))
+    if is_elsewhere(source):
+        return _read_run(path, dtype)
     if os.path.isfile(path):  # noqa: PTH113 (Path's own fails for a name that is too long)
         return _read_file(path, expected, asked, dtype)
     if os.path.isdir(path):  # noqa: PTH112
@@ -266,9 +273,9 @@ def _expanded(path: str | os.PathLike) -> Path:
     return Path(os.path.expanduser(path))  # noqa: PTH111 (Path's own fails for a user that there is not)
 
 
-def _read_run(path: Path, dtype: DType | None) -> Bundle:
-    """Returns what the latest checkpoint of a run holds, adapters merged; `dtype` is float32, which a run's weights
-    are."""
+def _read_run(path: AnyPath, dtype: DType | None, *, step: int | None = None) -> Bundle:
+    """Returns what a checkpoint of a run holds, the latest unless told otherwise, adapters merged; `dtype` is float32,
+    which a run's weights are."""
     from clip_jax.training.checkpoint import Checkpoints
 
     workdir = Workdir(path)
@@ -277,7 +284,7 @@ def _read_run(path: Path, dtype: DType | None) -> Bundle:
     shapes = Definition(architecture, Compute(lora=lora)).shapes()
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
     with Checkpoints(workdir.checkpoints) as checkpoints:
-        step = checkpoints.latest()
+        step = checkpoints.latest() if step is None else step
         if step is None:
             raise UserError(f"{workdir.path} has no checkpoint yet; train it first")
         weights = checkpoints.restore_weights(step, abstract)

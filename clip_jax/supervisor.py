@@ -12,11 +12,11 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator
-from pathlib import Path
 
 from clip_jax import distributed, preemption
 from clip_jax.distributed import Cluster
 from clip_jax.errors import UserError
+from clip_jax.files import AnyPath
 from clip_jax.preemption import Preempted
 
 LOST = 75  # how the working process says that it lost another: EX_TEMPFAIL
@@ -24,7 +24,7 @@ JOINED, MISTAKEN = b"j", b"m"  # what else it says, through a socket: that it ha
 
 
 @contextlib.contextmanager
-def watched(cluster: Cluster | None, workdir: Path) -> Iterator[Preempted]:
+def watched(cluster: Cluster | None, workdir: AnyPath) -> Iterator[Preempted]:
     """Runs its block as one process of the cluster's, watched by another; without a cluster it just runs it.
 
     Yields what says, when it is asked after every step, whether the run is to save and to end (SIGTERM).
@@ -61,7 +61,7 @@ def _exit(code: int, words: str) -> None:
     os._exit(code)
 
 
-def _fork(cluster: Cluster, workdir: Path) -> socket.socket:
+def _fork(cluster: Cluster, workdir: AnyPath) -> socket.socket:
     """Returns the working process's end of a socket; the watching process goes no further than this.
 
     The working process and those that it starts (readers of data) are a group: none of them outlives it.
@@ -100,7 +100,7 @@ def _die_with_the_other(link: socket.socket) -> None:
     os.killpg(0, signal.SIGKILL)
 
 
-def _told(code: int, said: bytes, cluster: Cluster, workdir: Path) -> int:
+def _told(code: int, said: bytes, cluster: Cluster, workdir: AnyPath) -> int:
     """Returns the exit code for the world, having said what has happened."""
     if MISTAKEN in said:  # it has told the user, and may have died while it waited for the others to find it, too
         return 2
@@ -131,7 +131,7 @@ def _reason(code: int, joined: bool, cluster: Cluster) -> str:
     return "this process has stopped with the error above, and the others will stop, too"
 
 
-def _way_on(workdir: Path) -> str:
+def _way_on(workdir: AnyPath) -> str:
     from clip_jax.workdir import Workdir  # not before: NumPy comes along, with threads, and a fork wants none
 
     folder = Workdir(workdir)

@@ -21,67 +21,78 @@ from typing import Any
 
 from clip_jax.architecture import Architecture, Lora, ResNetTower
 from clip_jax.config import FREE_ON_RESUME, Config, ModelConfig, build, differences
+from clip_jax.elsewhere import Elsewhere
 from clip_jax.errors import UserError
-from clip_jax.files import read_text, write_text
+from clip_jax.files import AnyPath, children, read_text, write_text
 from clip_jax.tokenizer.file import FILE_NAME, FileTokenizer
+
+CHECKPOINTS = "checkpoints"  # the folder of them
+COMMITTED = "commit_success.txt"  # what Orbax writes last into a checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
 class Workdir:
     """The paths of one run."""
 
-    path: Path
+    path: AnyPath
 
     @property
-    def config_file(self) -> Path:
+    def config_file(self) -> AnyPath:
         return self.path / "config.json"
 
     @property
-    def tokenizer_file(self) -> Path:
+    def tokenizer_file(self) -> AnyPath:
         return self.path / FILE_NAME
 
     @property
-    def metrics_file(self) -> Path:
+    def metrics_file(self) -> AnyPath:
         return self.path / "metrics.jsonl"
 
     @property
-    def incidents_file(self) -> Path:
+    def incidents_file(self) -> AnyPath:
         return self.path / "incidents.jsonl"
 
     @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
+    def checkpoints(self) -> AnyPath:
+        return self.path / CHECKPOINTS
 
     @property
-    def tensorboard(self) -> Path:
+    def tensorboard(self) -> AnyPath:
         return self.path / "tensorboard"
 
     @property
-    def wandb_id(self) -> Path:
+    def wandb_id(self) -> AnyPath:
         return self.path / "wandb" / "id"
 
     @property
-    def profile(self) -> Path:
+    def profile(self) -> AnyPath:
         return self.path / "profile"
 
     @property
-    def curves(self) -> Path:
+    def curves(self) -> AnyPath:
         return self.path / "curves.png"
 
-    def evaluations(self) -> dict[int, list[Path]]:
+    def evaluations(self) -> dict[int, list[AnyPath]]:
         """Returns the files of results, by step."""
-        folders = [path for path in self.path.glob("eval/*") if path.name.isdecimal()]
-        return {int(path.name): sorted(path.glob("*.json")) for path in sorted(folders, key=lambda p: int(p.name))}
+        folders = {int(path.name): path for path in children(self.path / "eval") if path.name.isdecimal()}
+        return {
+            step: sorted(path for path in children(folder) if path.suffix == ".json")
+            for step, folder in sorted(folders.items())
+        }
 
-    def evaluation(self, step: int) -> Path:
+    def evaluation(self, step: int) -> AnyPath:
         return self.path / "eval" / str(step)
 
     def latest_step(self) -> int | None:
-        """Returns the step of the last checkpoint, by its folder's name, which an unfinished one does not have."""
+        """Returns the step of the last checkpoint, by its folder's name, which an unfinished one does not have; in a
+        bucket that has it, too, but not yet the file that says that it is whole.
+        """
         if not self.is_claimed():
             return None
-        steps = [int(path.name) for path in self.checkpoints.glob("*") if path.name.isdecimal()]
-        return max(steps, default=None)
+        steps = sorted((int(path.name) for path in children(self.checkpoints) if path.name.isdecimal()), reverse=True)
+        if isinstance(self.checkpoints, Elsewhere):
+            return next((step for step in steps if (self.checkpoints / str(step) / COMMITTED).exists()), None)
+        return steps[0] if steps else None
 
     def config(self) -> Config:
         """Returns the run's config.
@@ -126,6 +137,8 @@ class Workdir:
 
     def is_claimed(self) -> bool:
         """Returns whether the folder is some run's."""
+        if isinstance(self.config_file, Elsewhere):
+            return self.config_file.exists()
         return os.path.exists(self.config_file)  # noqa: PTH110 (a name that is too long is an error for Path.exists)
 
     def claim(
@@ -209,6 +222,8 @@ class Workdir:
         """Returns what config.json says; nothing, where it is no object."""
         try:
             content = json.loads(self.config_file.read_text(encoding="utf-8"))
+        except UserError:
+            raise
         except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{self.path} is not a run's folder: its config.json: {error}") from error
         return content if isinstance(content, dict) else {}

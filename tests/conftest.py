@@ -8,9 +8,11 @@ os.environ["PJRT_NPROC"] = "64"  # threads of XLA: where a device waits for the 
 # Most of the time is compilation, and this takes half off it. `make test-full` sets none: what users run.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
+import buckets as storage
 import jax
 import pytest
 
@@ -43,6 +45,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def data_dir(tmp_path_factory) -> Path:
     """A TFDS folder; an embedded data set is made in it by the first test that opens it."""
     return tmp_path_factory.mktemp("data_sets")
+
+
+@pytest.fixture(scope="session")
+def buckets() -> Iterator[storage.Buckets]:
+    """Google Cloud Storage, on this machine, with a bucket `gs://bucket`; for processes that tests start, too."""
+    import fsspec
+
+    if importlib.util.find_spec("gcsfs") is None:
+        pytest.skip('needs gcsfs: pip install -e ".[cloud]"')
+    there = storage.Buckets("bucket")
+    with there.served() as environment, pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        patch.setitem(fsspec.config.conf, "gcs", {"token": "anon"})  # it has looked into the environment before
+        yield there
 
 
 @pytest.fixture

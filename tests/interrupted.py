@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from processes import start
 
+from clip_jax.files import AnyPath
 from clip_jax.pretrained import read
 from clip_jax.training.step_lines import read_lines
 
@@ -30,7 +31,7 @@ ALONE = {"JAX_ENABLE_COMPILATION_CACHE": "true", "XLA_FLAGS": os.environ["XLA_FL
 SEVERAL = {"PJRT_NPROC": "8"}
 
 
-def run(workdir: Path, data_dir: Path, fields: dict[str, Any], *more: str, devices: int = 1) -> subprocess.Popen:
+def run(workdir: AnyPath, data_dir: Path, fields: dict[str, Any], *more: str, devices: int = 1) -> subprocess.Popen:
     """Starts a run of the quickstart's model on small batches, as a user would; `more` are further flags, of several
     processes."""
     fields = {"optim.warmup": 2, "data.global_batch": 16, "data.data_dir": data_dir} | fields
@@ -40,7 +41,7 @@ def run(workdir: Path, data_dir: Path, fields: dict[str, Any], *more: str, devic
     return start(["-c", TRAIN, *command], **environment)
 
 
-def wait_for_lines(process: subprocess.Popen, workdir: Path, lines: int, seconds: float = 300) -> None:
+def wait_for_lines(process: subprocess.Popen, workdir: AnyPath, lines: int, seconds: float = 300) -> None:
     """Returns once a run has logged so much, or has ended."""
     metrics, deadline = workdir / "metrics.jsonl", time.monotonic() + seconds
     while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= lines) and process.poll() is None:
@@ -48,13 +49,13 @@ def wait_for_lines(process: subprocess.Popen, workdir: Path, lines: int, seconds
         time.sleep(0.01)
 
 
-def computed(workdir: Path) -> list[dict]:
+def computed(workdir: AnyPath) -> list[dict]:
     """Returns the lines of a run's metrics without what the clock says."""
     lines = read_lines(workdir / "metrics.jsonl")
     return [{name: value for name, value in line.items() if name not in MEASURED} for line in lines]
 
 
-def identical(workdir: Path, other: Path) -> None:
+def identical(workdir: AnyPath, other: AnyPath) -> None:
     """Asserts that two runs have logged the same and have the same weights at their end, bit for bit."""
     assert computed(workdir) == computed(other)
     found, expected = (read(path) for path in (workdir, other))

@@ -106,7 +106,7 @@ def _elsewhere(url: str, suffix: str) -> list[str]:
 def _system(scheme: str) -> Any:
     import fsspec
 
-    return fsspec.filesystem(scheme)
+    return fsspec.filesystem(scheme, use_listings_cache=True)  # for all files of a folder, one question
 
 
 def system_of(url: str) -> tuple[Any, str]:

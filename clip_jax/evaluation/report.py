@@ -2,14 +2,13 @@
 
 import io
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from clip_jax.files import whole
+from clip_jax.files import AnyPath, whole
 from clip_jax.typing import Int
 
 NAMED_CLASSES = 60  # with more there is no room for names and counts
@@ -25,7 +24,11 @@ class Matches(NamedTuple):
 
 
 def confusion_matrix(
-    path: Path, labels: Int[np.ndarray, " B"], predicted: Int[np.ndarray, " B"], classnames: Sequence[str], title: str
+    path: AnyPath,
+    labels: Int[np.ndarray, " B"],
+    predicted: Int[np.ndarray, " B"],
+    classnames: Sequence[str],
+    title: str,
 ) -> None:
     """Draws how often each class (row) was taken for which (column); the diagonal is right."""
     n = len(classnames)
@@ -47,7 +50,7 @@ def confusion_matrix(
     _save(figure, path)
 
 
-def best_matches(path: Path, rows: Sequence[Matches], title: str) -> None:
+def best_matches(path: AnyPath, rows: Sequence[Matches], title: str) -> None:
     """Draws a row of images for each caption; a frame says whether each is right."""
     columns = max(len(row.images) for row in rows)
     figure = Figure(figsize=(1.2 * columns + 0.3, 1.55 * len(rows) + 0.6), layout="constrained")
@@ -62,6 +65,6 @@ def best_matches(path: Path, rows: Sequence[Matches], title: str) -> None:
     _save(figure, path)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def _save(figure: Figure, path: AnyPath) -> None:
     with whole(path) as temporary:
         figure.savefig(temporary, dpi=120)

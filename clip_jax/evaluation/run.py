@@ -4,7 +4,6 @@ import itertools
 import json
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -17,12 +16,12 @@ from clip_jax.errors import UserError, nearest
 from clip_jax.evaluation import report, retrieval, zero_shot
 from clip_jax.evaluation.encode import Encoder, encode_images, encode_texts
 from clip_jax.evaluation.prompts import templates_for
-from clip_jax.files import write_text
+from clip_jax.files import AnyPath, place, write_text
 
 SHOWN_CAPTIONS = 6
 SHOWN_MATCHES = 8
 
-Picture = Callable[[Path], None]  # draws itself into a file
+Picture = Callable[[AnyPath], None]  # draws itself into a file
 
 
 class Result(NamedTuple):
@@ -87,7 +86,7 @@ def evaluate(model: Encoder, source: Source, task: str, *, output: str | os.Path
     if task not in TASKS:
         raise UserError(f"unknown task {task!r}{nearest(task, TASKS)}")
     found = TASKS[task](model, source)
-    path, result = Path(output), in_schema(model, source, task, found.metrics)
+    path, result = place(output), in_schema(model, source, task, found.metrics)
     write_result(path, result)
     pictures = []
     for word, draw in found.pictures.items():
@@ -109,7 +108,7 @@ def in_schema(model: Encoder, source: Source, task: str, metrics: dict[str, floa
     }
 
 
-def write_result(path: Path, result: dict) -> None:
+def write_result(path: AnyPath, result: dict) -> None:
     """Writes a result's JSON file."""
     write_text(path, json.dumps(result, indent=2) + "\n")
 
@@ -123,7 +122,7 @@ def _matches(source: Source, captions: list[str], scores: np.ndarray, right: Cal
     return rows
 
 
-def _print(result: dict, source: Source, files: list[Path]) -> None:
+def _print(result: dict, source: Source, files: list[AnyPath]) -> None:
     title = f"{result['task']} · {source.name}:{source.split} · {len(source):,} images"
     table = rich.table.Table(title=rich.text.Text(title), min_width=len(title) + 2)
     table.add_column("metric")

@@ -1,16 +1,17 @@
 """Checkpoints: parameters, optimiser and the place in the data, saved together and restored together, by Orbax.
 
 Orbax writes in the background, under a temporary name until all is there, and keeps the latest few. The last that is
-written before a checkpoint gets its name are the checksums of its files.
+written before a checkpoint gets its name are the checksums of its files. In a bucket, where nothing can be renamed, it
+has its name at once, and counts from when a file says that it is whole: written behind the checksums, too.
 """
 
 import contextlib
 import dataclasses
 import json
 import logging
+import math
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,7 +20,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from clip_jax import distributed
+from clip_jax.elsewhere import Elsewhere
 from clip_jax.errors import UserError
+from clip_jax.files import AnyPath, sizes
 from clip_jax.models.clip import Weights
 from clip_jax.optim import flatten, unflatten
 from clip_jax.sharding import path_of
@@ -28,6 +31,7 @@ from clip_jax.training.state import TrainState
 
 # What Orbax warns of whenever OCDBT is not used, or a folder is opened only to be read: both are meant.
 _MEANT = ("Skipping merge of OCDBT", "CheckpointManagerOptions.read_only=True", "Given directory is read only")
+_MEANT += ("did not provide metrics", "Missing metrics for step")  # of checkpoints whose state was not measured
 logging.getLogger("absl").addFilter(lambda record: not any(words in record.getMessage() for words in _MEANT))
 # Nor its tracebacks, of errors that it raises, too, and we tell.
 logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
@@ -35,6 +39,8 @@ logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "orb
 # Devices that hold the same array write a slice each, and every slice is a program to compile: 14 s at the first save
 # of the smallest model on 8 devices. Where a slice would be smaller than this, in bytes, one of them writes it all.
 _MIN_SLICE = 2**20
+_SHOWN = 20  # arrays of which a message says that they do not fit
+_HEADER = ".zarray"  # of an array, in the array's own folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,38 +58,38 @@ class Checkpoints:
     A model without batch norm has no statistics, and a run without averages no `ema`: they have no such folder.
     """
 
-    def __init__(self, folder: Path, *, keep: Keep | None = None):
-        """Opens the folder: to write, or only to read."""
+    def __init__(self, folder: AnyPath, *, keep: Keep | None = None):
+        """Opens the folder: to write, or only to read.
+
+        Raises:
+            UserError: it cannot be made, or read.
+        """
 
         def arrays() -> ocp.PyTreeCheckpointHandler:
-            handler = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_MIN_SLICE)
+            handler = ocp.type_handlers.ArrayHandler(
+                min_slice_bytes_for_replica_parallel=_MIN_SLICE,
+                enable_write_sharding_file=False,  # a run knows itself where its arrays are to lie
+            )
             return ocp.PyTreeCheckpointHandler(
                 use_ocdbt=False,  # a folder an array: its header says what it is
+                use_compression=False,  # it costs cores that read data, and takes a thirteenth off weights
                 type_handler_registry=ocp.type_handlers.create_type_handler_registry((jax.Array, handler)),
             )
 
         self.folder = folder.absolute()
         self._saving: int | None = None  # the step, for Orbax does not say
         self._saved_at = time.monotonic()
-        policies = ocp.checkpoint_managers.preservation_policy
-        kept = [] if keep is None else [policies.LatestN(keep.latest)]
-        if keep is not None and keep.every is not None:
-            kept.append(policies.EveryNSteps(keep.every))
-        if keep is not None and keep.best is not None:
-            highest = {"get_metric_fn": lambda metrics: metrics[keep.best], "keep_checkpoints_without_metrics": False}
-            kept.append(policies.BestN(n=1, **highest))
-        self._manager = ocp.CheckpointManager(
-            self.folder,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=policies.AnyPreservationPolicy(kept) if kept else None,
-                cleanup_tmp_directories=keep is not None,  # of saves that a kill has cut short
-                create=keep is not None,
-                read_only=keep is None,
-                async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
-            ),
-            item_handlers={name: arrays() for name in ("params", "statistics", "optimizer", "ema")}
-            | {"position": ocp.JsonCheckpointHandler()},
+        options = ocp.CheckpointManagerOptions(
+            **({} if keep is None else _policy(keep)),
+            cleanup_tmp_directories=keep is not None,  # of saves that a kill has cut short
+            create=keep is not None,
+            read_only=keep is None,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
         )
+        handlers = {name: arrays() for name in ("params", "statistics", "optimizer", "ema")}
+        handlers["position"] = ocp.JsonCheckpointHandler()
+        with self._looking():
+            self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
 
     def latest(self) -> int | None:
         """Returns the last step that was saved whole, or None."""
@@ -115,6 +121,16 @@ class Checkpoints:
         return distributed.gather(time.monotonic() - self._saved_at >= 60 * minutes)[0]
 
     @contextlib.contextmanager
+    def _looking(self) -> Iterator[None]:
+        """Says what Orbax could not find out of the folder in its block."""
+        try:
+            yield
+        except Exception as error:
+            if distributed.is_of_another(error):
+                raise
+            raise UserError(f"the checkpoints in {self.folder} cannot be looked up ({_line(error)})") from error
+
+    @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
         """Says what could not be written in its block, or in the background before, and what there is instead."""
         try:
@@ -131,7 +147,10 @@ class Checkpoints:
 
     def _write_checksums(self) -> None:
         """Called by Orbax, in one process, when all files of all processes are written and before they are a step."""
-        [folder] = self.folder.glob(f"{self._saving}.orbax-checkpoint-tmp*")
+        if isinstance(self.folder, Elsewhere):
+            folder = self.folder / str(self._saving)
+        else:
+            [folder] = self.folder.glob(f"{self._saving}.orbax-checkpoint-tmp*")
         checksums.write(folder)
 
     def last_whole(self) -> tuple[int | None, dict[int, str]]:
@@ -143,7 +162,9 @@ class Checkpoints:
             UserError: there are checkpoints, and not one is as it was written.
         """
         damaged: dict[int, str] = {}
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        with self._looking():
+            steps = sorted(self._manager.all_steps(), reverse=True)
+        for step in steps:
             share = jax.process_index(), jax.process_count()
             found = distributed.gather(checksums.damage(self.folder / str(step), share=share))
             if not any(found):
@@ -170,15 +191,17 @@ class Checkpoints:
                     n += 1
                 lines.append(f"checkpoint {here} is damaged ({problem}); moved to {there}")
                 try:
-                    there.parent.mkdir(exist_ok=True)
+                    if not isinstance(there, Elsewhere):  # a bucket has no folders to make
+                        there.parent.mkdir(exist_ok=True)
                     here.rename(there)
-                except OSError as error:
+                except (OSError, UserError) as error:
                     refused = f"checkpoint {here} is damaged ({problem}) and cannot be moved to {there}: {error}"
                     break
         if damaged:
             if refused := distributed.gather(refused)[0]:
                 raise UserError(refused)
-            self._manager.reload()
+            with self._looking():
+                self._manager.reload()
         return lines
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:
@@ -201,12 +224,14 @@ class Checkpoints:
         """Returns the weights alone, moving averages where there are any, each in the place that `abstract` gives it.
 
         Raises:
-            UserError: damaged, or the weights are not those expected; lists all that differ.
+            UserError: no such step, damaged, or the weights are not those expected; lists what differs.
         """
+        if step not in (steps := self._manager.all_steps()):
+            raise UserError(f"{self.folder} has no checkpoint {step}; there are: {', '.join(map(str, sorted(steps)))}")
         if problem := checksums.damage(self.folder / str(step), ("params", "statistics", "ema")):
             raise self._damaged(step, problem)
         trees = {"params": abstract.params, "statistics": abstract.statistics}
-        averaged = {_path(array) for array in (self.folder / str(step) / "ema").glob("*/.zarray")}
+        averaged = {_path(name) for name in _headers(self.folder / str(step) / "ema")}
         ema = unflatten({path: x for path, x in flatten(trees).items() if path in averaged})
         restored = self._restore(step, **trees, ema=ema)
         averages = flatten(restored.pop("ema"))
@@ -232,6 +257,8 @@ class Checkpoints:
         meanwhile."""
         if distributed.is_of_another(error):
             return error
+        if isinstance(self.folder, Elsewhere):  # its checksums were right, and the network may not have been
+            return UserError(f"checkpoint {self.folder}/{step} cannot be read ({_line(error)}); start again")
         return self._damaged(step, _line(error))
 
     def _damaged(self, step: int, problem: str) -> UserError:
@@ -253,6 +280,23 @@ class Checkpoints:
         """Waits until everything is on disk."""
         with self._writing():
             self._manager.close()
+
+
+def _policy(keep: Keep) -> dict[str, Any]:
+    """Returns what Orbax is told of the checkpoints that stay."""
+    policies = ocp.checkpoint_managers.preservation_policy
+    kept = [policies.LatestN(keep.latest)]
+    if keep.every is not None:
+        kept.append(policies.EveryNSteps(keep.every))
+    if keep.best is None:
+        return {"preservation_policy": policies.AnyPreservationPolicy(kept)}
+
+    def value(metrics: dict[str, float]) -> float:
+        return metrics.get(keep.best, -math.inf)  # not there: it could not be measured, or was not yet asked for
+
+    kept.append(policies.BestN(get_metric_fn=value, n=1, keep_checkpoints_without_metrics=False))
+    # With a best_fn metrics are written beside the arrays: a run that goes on knows which was best.
+    return {"preservation_policy": policies.AnyPreservationPolicy(kept), "best_fn": value}
 
 
 def _line(error: Exception) -> str:
@@ -287,29 +331,43 @@ def _leaves(tree: dict[str, Any], at: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{at}{key}", value
 
 
-def _check_tree(folder: Path, tree: Any) -> None:
-    """Raises UserError that lists every array which is missing, unexpected, or of another type or shape."""
+def _check_tree(folder: AnyPath, tree: Any) -> None:
+    """Raises UserError that lists the arrays which are missing, unexpected, or of another type or shape."""
     wanted = {
         path_of(keys): _description(leaf.dtype, leaf.shape) for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
-    found = {_path(array): _stored(array) for array in folder.glob("*/.zarray")}
+    headers = _headers(folder)
+    with checksums.threads() as pool:
+        stored = pool.map(lambda name: _stored(folder / name), headers)
+        found = dict(zip(map(_path, headers), stored, strict=True))
     problems = [f"missing {path}" for path in wanted if path not in found]
     problems += [f"unexpected {path}" for path in found if path not in wanted]
     problems += [f"{p} is {found[p]}, not {wanted[p]}" for p in wanted if p in found and found[p] != wanted[p]]
     if problems:
-        raise UserError(f"{folder} does not fit the model: {'; '.join(problems)}")
+        more = f"; and {len(problems) - _SHOWN:,} more" if len(problems) > _SHOWN else ""
+        raise UserError(
+            f"{folder} is not what this run would have saved: {'; '.join(problems[:_SHOWN])}{more}; if another version "
+            "of clip_jax has written it, go on with that one, or begin anew with init_from set to this run's folder"
+        )
 
 
-def _path(array: Path) -> str:
+def _headers(folder: AnyPath) -> list[str]:
+    """Returns the headers of an item's arrays, each by its place in the item's folder."""
+    return [name for name in sizes(folder) if name.endswith(f"/{_HEADER}")]
+
+
+def _path(header: str) -> str:
     """Returns the path of an array in its tree, by its header's place."""
-    return array.parent.name.replace(".", "/")
+    return header.removesuffix(f"/{_HEADER}").replace(".", "/")
 
 
-def _stored(array: Path) -> str:
+def _stored(array: AnyPath) -> str:
     """Returns what an array's own header says it is."""
     try:
         header = json.loads(array.read_text())
         return _description(header["dtype"], header["shape"])
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"unreadable ({error})"
 

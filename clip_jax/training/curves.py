@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from clip_jax.errors import UserError
-from clip_jax.files import read_json, whole
+from clip_jax.files import AnyPath, read_json, whole
 from clip_jax.training.feed import total
 from clip_jax.training.step_lines import read_lines
 from clip_jax.typing import Float
@@ -87,7 +87,7 @@ class Run(NamedTuple):
         return Curve(np.array([line["step"] for line in self.lines], float), counts.astype(float))
 
 
-def read_run(path: Path, name: str) -> Run:
+def read_run(path: AnyPath, name: str) -> Run:
     """Returns what a workdir says of its run.
 
     Raises:
@@ -101,10 +101,12 @@ def read_run(path: Path, name: str) -> Run:
     return Run(name, _about(folder, lines[-1]), lines, _lines(folder.incidents_file), _results(folder))
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
+def _lines(path: AnyPath) -> list[dict[str, Any]]:
     """Returns the lines of a file; none of one that is not there."""
     try:
         return read_lines(path) if path.exists() else []
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
 
@@ -144,7 +146,7 @@ def smoothed(curve: Curve, course: str) -> Curve:
     return Curve(steps, np.array([average(values[max(0, i - k) : i + k + 1]) for i, k in enumerate(around)]))
 
 
-def draw(runs: Sequence[Run], path: Path) -> None:
+def draw(runs: Sequence[Run], path: AnyPath) -> None:
     """Draws all that the runs have."""
     drawers = list(_panels(runs))
     columns = math.ceil(math.sqrt(len(drawers)))
@@ -260,7 +262,7 @@ def _draw_results(axes: Axes, runs: Sequence[Run], name: str) -> None:
     _tell_apart(axes, metrics)
 
 
-def report(workdirs: Sequence[Path], output: Path | None = None) -> Path:
+def report(workdirs: Sequence[AnyPath], output: AnyPath | None = None) -> AnyPath:
     """Draws the runs' curves, and returns where.
 
     Raises:

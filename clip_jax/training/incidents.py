@@ -5,12 +5,12 @@ Every process sees the same numbers and comes to the same end; the first writes 
 """
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from clip_jax.files import AnyPath
 from clip_jax.training.step_lines import StepLines
 
 WINDOW = 100  # finite losses before a step, by which it is judged
@@ -33,7 +33,9 @@ class _Unread(NamedTuple):
 class Incidents:
     """Sees every step's loss, and reads it only when the host waits for the devices anyway."""
 
-    def __init__(self, path: Path | None, records: Callable[[int], Records], limit: int, state: dict[str, Any] | None):
+    def __init__(
+        self, path: AnyPath | None, records: Callable[[int], Records], limit: int, state: dict[str, Any] | None
+    ):
         """Writes to `path`, and goes on from what `state` gave. `records` gives those of a step; `limit` is of updates
         that are skipped in a row."""
         state = state or {"step": 0, "losses": [], "row": [], "skipped": 0}
@@ -88,7 +90,9 @@ class Incidents:
         )
 
     def state(self) -> dict[str, Any]:
-        """Returns what a run that goes on from here has to know, as plain JSON values."""
+        """Returns what a run that goes on from here has to know, as plain JSON values; the lines before are there."""
+        if self._lines is not None:
+            self._lines.flush()
         return {"step": self._step, "losses": self._losses, "row": self._row, "skipped": self.skipped}
 
     def __enter__(self) -> "Incidents":

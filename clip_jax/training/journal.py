@@ -106,9 +106,10 @@ class Journal:
     def unlogged(self) -> dict[str, Any]:
         """Returns what a run that goes on from here has to know of the steps since the last that was logged.
 
-        All processes call it at the same step; it waits until that is done.
+        All processes call it at the same step; it waits until that is done, and all lines before are there.
         """
         self._incidents.read(self.say)
+        self._log.flush()
         return {"incidents": self._incidents.state(), "bad_records": self._feed.unreported()}
 
     def ends(self) -> None:

@@ -2,7 +2,6 @@
 
 import os
 import socket
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,6 +13,7 @@ from clip_jax.config import Config, leaves
 from clip_jax.data.pipeline import training_pairs
 from clip_jax.data.sources import Source, open_training_source
 from clip_jax.errors import UserError
+from clip_jax.files import place
 from clip_jax.models import variants
 from clip_jax.preemption import Preempted, never
 from clip_jax.training.checkpoint import Checkpoints, Keep, changed_data
@@ -30,7 +30,7 @@ from clip_jax.workdir import Workdir
 
 def train(
     config: Config,
-    workdir: Path,
+    workdir: str | os.PathLike,
     *,
     devices: list[jax.Device] | None = None,
     preempted: Preempted = never,
@@ -38,8 +38,8 @@ def train(
 ) -> None:
     """Trains as the config says, into `workdir`; resumes from its latest checkpoint when there is one.
 
-    When `preempted`, asked after every step, says so, it saves and returns. `profile` is a window of steps,
-    "FIRST:LAST", of which a trace is written.
+    `workdir` is a folder, or gs://BUCKET/FOLDER. When `preempted`, asked after every step, says so, it saves and
+    returns. `profile` is a window of steps, "FIRST:LAST", of which a trace is written.
 
     Raises:
         UserError: anything about the config, the folder, the checkpoint or the data that the user can mend; a new run
@@ -47,7 +47,7 @@ def train(
     """
     # 1. What is computed, where, and from which weights on. Everything that can be wrong is found before anything is
     # written.
-    source, folder = open_training_source(config.data), Workdir(workdir)
+    source, folder = open_training_source(config.data), Workdir(place(workdir))
     weights = pretrained.initial(config) if folder.latest_step() is None else None
     arch = _architecture(config, folder, weights)
     folder.check(config, arch)

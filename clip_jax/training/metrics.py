@@ -40,9 +40,19 @@ class MetricsLog:
         for sink in self._sinks:
             sink.write(step, scalars | {"bad_records": total(bad)})
 
+    def flush(self) -> None:
+        """Returns when all lines are there: a run that goes on from here will look for them."""
+        if self._writes:
+            self._lines.flush()
+            for sink in self._sinks:
+                sink.flush()
+
     def bad(self) -> Bad:
         """Returns what could not be read in the whole run, by its own lines."""
-        lines = read_lines(self._lines.path) if self._writes else []
+        if not self._writes:
+            return {}
+        self._lines.flush()
+        lines = read_lines(self._lines.path)
         return merged([line.get("bad_records", {}) for line in lines])
 
     def __enter__(self) -> "MetricsLog":

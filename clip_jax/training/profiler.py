@@ -3,13 +3,17 @@
 import contextlib
 import importlib.util
 import re
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 
+from clip_jax.elsewhere import Elsewhere
 from clip_jax.errors import UserError
+from clip_jax.files import AnyPath
 
 
 class Window(NamedTuple):
@@ -45,17 +49,19 @@ def window(text: str, *, done: int, total: int) -> Window:
 class Profiler:
     """Writes a trace of the window's steps into a folder; without a window it does nothing."""
 
-    def __init__(self, window: Window | None, folder: Path, say: Callable[[str], None]):
+    def __init__(self, window: Window | None, folder: AnyPath, say: Callable[[str], None]):
         self._window, self._folder, self._say = window, folder, say
         self._last: jax.Array | None = None
-        self._tracing = False
+        self._here, self._tracing = folder, False
         self._step = contextlib.ExitStack()  # the trace's mark of the step that goes on
 
     def begins(self, step: int) -> None:
         """Notes that a step begins, with its data."""
         if self._window is not None and step == self._window.first:
             jax.block_until_ready(self._last)  # so that nothing of the steps before is seen
-            jax.profiler.start_trace(self._folder, create_perfetto_trace=True)
+            if isinstance(self._folder, Elsewhere):  # where JAX cannot write
+                self._here = Path(tempfile.mkdtemp())
+            jax.profiler.start_trace(self._here, create_perfetto_trace=True)
             self._tracing = True
         if self._tracing:
             self._step.enter_context(jax.profiler.StepTraceAnnotation("train", step_num=step))
@@ -83,3 +89,6 @@ class Profiler:
     def _stop(self) -> None:
         self._tracing = False
         jax.profiler.stop_trace()
+        if isinstance(self._folder, Elsewhere):
+            self._folder.take(self._here)
+            shutil.rmtree(self._here)

@@ -7,11 +7,11 @@ The picture goes into WORKDIR/curves.png, of several runs into ./curves.png.
 
 import itertools
 import sys
-from pathlib import Path
 
 from absl import flags
 
 from clip_jax import command
+from clip_jax.files import place
 from clip_jax.training import curves
 
 RUN = flags.DEFINE_multi_string("run", None, "a WORKDIR, where they do not come first")
@@ -20,7 +20,7 @@ OUTPUT = flags.DEFINE_string("output", None, "where the picture goes")
 
 def main() -> None:
     command.require("run")
-    print(curves.report([Path(folder) for folder in RUN.value], OUTPUT.value and Path(OUTPUT.value)))
+    print(curves.report([place(folder) for folder in RUN.value], OUTPUT.value and place(OUTPUT.value)))
 
 
 if __name__ == "__main__":

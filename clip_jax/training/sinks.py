@@ -6,6 +6,8 @@ import dataclasses
 import importlib.util
 import os
 import secrets
+import socket
+import struct
 import sys
 import time
 from collections.abc import Iterator
@@ -15,24 +17,26 @@ from typing import Any
 import jax
 
 from clip_jax.config import Config
+from clip_jax.elsewhere import Elsewhere
 from clip_jax.errors import UserError
-from clip_jax.files import read_text, writable, write_text
+from clip_jax.files import read_text, write_text
+from clip_jax.training.growing import growing
 from clip_jax.workdir import Workdir
 
 
 class TensorBoard:
     """WORKDIR/tensorboard.
 
-    Not by tensorboardX' SummaryWriter: its thread dies of a full disk, and then a run would wait for it for ever.
+    Not by tensorboardX' SummaryWriter: its thread dies of a full disk, and then a run would wait for it for ever. Nor
+    by its EventsWriter, which writes to a bucket by a client of its own.
     """
 
     said = None  # when a run begins
 
     def __init__(self, workdir: Workdir, *, resumed_at: int):
-        self._parts, self._folder = _tensorboard(), workdir.tensorboard
-        with writable(self._folder):
-            self._folder.mkdir(exist_ok=True)
-            self._file = self._parts.event_file_writer.EventsWriter(str(self._folder / "events"))
+        self._parts = _tensorboard()
+        self._file = growing(workdir.tensorboard / f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}")
+        self._write(file_version="brain.Event:2")
         # It hides what a former process had logged from there on.
         self._write(step=resumed_at + 1, session_log={"status": "START"})
 
@@ -41,13 +45,18 @@ class TensorBoard:
         self._write(step=step, summary={"value": values})
 
     def _write(self, **event: Any) -> None:
-        with writable(self._folder):
-            self._file.write_event(self._parts.event_file_writer.event_pb2.Event(wall_time=time.time(), **event))
-            self._file.flush()
+        event = self._parts.event_file_writer.event_pb2.Event(wall_time=time.time(), **event).SerializeToString()
+        length = struct.pack("<Q", len(event))  # a TFRecord: each of the two with its checksum
+        self._file.write(length + self._checksum(length) + event + self._checksum(event))
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def _checksum(self, data: bytes) -> bytes:
+        return struct.pack("<I", self._parts.record_writer.masked_crc32c(data))
 
     def close(self, *, failed: bool) -> None:
-        with writable(self._folder):
-            self._file.close()
+        self._file.close()
 
 
 def _tensorboard() -> ModuleType:
@@ -96,12 +105,13 @@ class WeightsAndBiases:
 
         if not workdir.wandb_id.exists():
             write_text(workdir.wandb_id, secrets.token_hex(8) + "\n")
+        here = None if isinstance(workdir.path, Elsewhere) else os.fspath(workdir.path)  # None: where it chooses to
         with _refusals(config):
             self._run = wandb.init(
                 project=config.wandb,
                 id=read_text(workdir.wandb_id).strip(),
                 name=workdir.path.resolve().name,
-                dir=os.fspath(workdir.path),  # it makes its folder `wandb` in it
+                dir=here,  # it makes its folder `wandb` in it
                 config=dataclasses.asdict(config),
                 allow_val_change=True,  # as the mesh, when a run goes on elsewhere
                 resume="allow",
@@ -111,10 +121,14 @@ class WeightsAndBiases:
         settings = self._run.settings
         where = self._run.url if settings.mode == "online" else settings.mode
         later = f"; `wandb sync {settings.sync_dir}` sends it" if settings.mode == "offline" else ""
-        self.said = f"Weights & Biases: {where}{later}"
+        files = "" if here else f"; its files are in {settings.sync_dir}"
+        self.said = f"Weights & Biases: {where}{later}{files}"
 
     def write(self, step: int, scalars: dict[str, int | float]) -> None:
         self._run.log({"step": step, **scalars})
+
+    def flush(self) -> None:
+        """Nothing: it sends by itself."""
 
     def close(self, *, failed: bool) -> None:
         self._run.finish(exit_code=int(failed))

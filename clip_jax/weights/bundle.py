@@ -23,7 +23,7 @@ import numpy as np
 from clip_jax.architecture import Architecture, Preprocess, Tokenize
 from clip_jax.config import build, leaves
 from clip_jax.errors import UserError, about, all_of
-from clip_jax.files import read_json, read_text
+from clip_jax.files import AnyPath, read_json, read_text
 from clip_jax.models.clip import Definition
 from clip_jax.models.variants import VARIANTS
 from clip_jax.tokenizer.file import FILE_NAME
@@ -50,7 +50,7 @@ class Bundle:
     variant: str  # the architecture's name
     origin: str  # where the weights come from
     tokenizer: str | None = None  # what its tokenizer.json says, where `architecture.tokenize.kind` is "file"
-    results: Path | None = None  # where their evaluations go unless told otherwise; None: they are no run's
+    results: AnyPath | None = None  # where their evaluations go unless told otherwise; None: they are no run's
     resize_kernel: str = RESIZE_KERNELS[0]  # by which their family resizes an image's positions: weights/resize.py
 
     def fingerprint(self) -> str:

@@ -2,6 +2,7 @@
 
 import gc
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from clip_jax.models.clip import Definition
 from clip_jax.models.variants import architecture
 from clip_jax.training import checksums
 from clip_jax.training.checkpoint import Checkpoints, Keep
-from clip_jax.training.state import abstract_state, initial_state
+from clip_jax.training.state import TrainState, abstract_state, initial_state
 
 CONFIG = OptimConfig(warmup="1 step")
 
@@ -69,7 +70,10 @@ def test_a_checkpoint_that_does_not_fit_is_refused_with_all_that_differs(saved):
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        ("params/image.patch_embed.kernel", "params does not fit the model: missing image/patch_embed/kernel"),
+        (
+            "params/image.patch_embed.kernel",
+            "params is not what this run would have saved: missing image/patch_embed/kernel",
+        ),
         ("params/text.projection/0.0", "damaged"),
         ("params/_METADATA", "damaged"),
         ("params", "missing image/blocks/attention/out/bias; missing"),
@@ -137,3 +141,45 @@ def test_any_of_200_flipped_bits_is_found(saved, tmp_path):
         assert checksums.damage(folder), f"bit {bit} of {path}"
         path.write_bytes(content)
     assert checksums.damage(folder) is None
+
+
+# --- which stay ---
+
+
+def of_step(step: int) -> TrainState:
+    return TrainState(jnp.int32(step), {"a": jnp.ones(3)}, {}, {"m": jnp.ones(3)})
+
+
+def kept(folder: Path, keep: Keep, metrics: dict[int, dict[str, float]]) -> list[int]:
+    """Saves steps that were measured so, and returns those that are there at the end."""
+    with Checkpoints(folder, keep=keep) as checkpoints:
+        for step, found in metrics.items():
+            checkpoints.save(of_step(step), {}, found)
+    return sorted(int(path.name) for path in folder.iterdir())
+
+
+def test_where_a_metric_was_highest_stays_when_the_run_goes_on(tmp_path):
+    keep = Keep(latest=1, best="x/acc1")
+    assert kept(tmp_path, keep, {1: {"x/acc1": 0.1}, 2: {"x/acc1": 0.9}, 3: {"x/acc1": 0.5}}) == [2, 3]
+    assert kept(tmp_path, keep, {4: {"x/acc1": 0.4}, 5: {}}) == [2, 5]
+    assert kept(tmp_path, keep, {6: {"x/acc1": 0.95}, 7: {}}) == [6, 7]
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.last_whole() == (7, {}), "what is written of metrics is in the checksums"
+
+
+def test_where_a_metric_could_not_be_measured_the_run_goes_on_and_another_may_be_asked_for(tmp_path):
+    keep = Keep(latest=1, best="x/acc1")
+    assert kept(tmp_path, keep, {1: {"x/acc1": 0.1, "y/acc1": 0.7}, 2: {"y/acc1": 0.2}}) == [1, 2]
+    assert kept(tmp_path, Keep(latest=1, best="y/acc1"), {3: {"y/acc1": 0.3}, 4: {"x/acc1": 0.3}}) == [1, 4]
+
+
+def test_of_many_arrays_that_do_not_fit_twenty_are_named_and_what_to_do_is_said(tmp_path):
+    kept(tmp_path, Keep(latest=1), {1: {}})
+    abstract = of_step(1)
+    abstract.optimizer = {f"moment{i}": jnp.ones(3) for i in range(30)}
+    with pytest.raises(UserError) as error, Checkpoints(tmp_path) as checkpoints:
+        checkpoints.restore(1, abstract)
+    assert str(error.value).startswith(f"{tmp_path}/1/optimizer is not what this run would have saved: missing moment")
+    assert str(error.value).count("missing") == 20
+    assert "; and 11 more; if another version of clip_jax has written it" in str(error.value)
+    assert str(error.value).endswith("or begin anew with init_from set to this run's folder")

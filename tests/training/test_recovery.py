@@ -64,7 +64,7 @@ DAMAGES = {
     flip_a_bit: "optimizer/0.nu.text.projection/0.0 has other bytes than were written",
     cut_a_file_short: "params/text.projection/0.0 has 1,000 bytes, not ",
     delete_half: " is missing, and ",
-    lose_the_checksums: "checksums.json cannot be read",
+    lose_the_checksums: "it has no checksums.json, without which nobody knows whether it is whole",
 }
 
 
@@ -113,6 +113,15 @@ def test_where_a_damaged_one_cannot_be_moved_the_run_is_refused_and_as_it_was(ru
     with pytest.raises(UserError, match=r"6 is damaged \(.*\) and cannot be moved to .*/damaged/6-0: "):
         train(config(data_dir), workdir, devices=jax.devices()[:1])
     assert sorted(workdir.rglob("*")) == before
+
+
+def test_any_checkpoint_is_loaded_by_its_folder_and_one_that_is_not_there_is_told(run):
+    model, _ = clip_jax.load(run / "checkpoints" / "4")
+    assert (model.pretrained, model.results) == (f"{run}/checkpoints/4", run / "eval" / "4")
+    latest = flatten(clip_jax.load(run)[0].weights)
+    assert any((np.asarray(x) != np.asarray(latest[path])).any() for path, x in flatten(model.weights).items())
+    with pytest.raises(UserError, match=r"checkpoints has no checkpoint 3; there are: 2, 4, 6"):
+        clip_jax.load(run / "checkpoints" / "3")
 
 
 def test_who_only_reads_a_damaged_checkpoint_is_told_so(run, tmp_path):
