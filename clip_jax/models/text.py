@@ -44,7 +44,8 @@ class TextTransformer(nnx.Module):
         caption, and the result is the same.
         """
         at_B = pooled_at(self.tower, tokens_BL)
-        (x_B1D,) = transformer.run(self.blocks, (self._embed(tokens_BL),), self.compute, at_B)
+        pieces = (self._embed(tokens_BL),)
+        (x_B1D,) = transformer.run(self.blocks, pieces, self.compute, at_B, fixed=self.compute.fixed_text)
         return project(self.post_norm(x_B1D[:, 0]), self.projection, self.projection_bias)
 
     def states(self, tokens_BL: Int[jax.Array, "B L"]) -> Float[jax.Array, "depth B L D"]:

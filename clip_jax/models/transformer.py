@@ -37,6 +37,8 @@ class Compute:
     unroll: bool = False  # blocks are compiled one by one, not scanned: for inference on a CPU
     rows: NamedSharding | None = None  # where a batch's rows are to stay between blocks; None: the compiler's choice
     lora: Lora | None = None  # adapters in all blocks of both towers; only a ViT's image tower has any
+    fixed_image: int = 0  # the first blocks of a ViT: they, and what comes before them, have no backward pass
+    fixed_text: int = 0
 
 
 class Block(nnx.Module):
@@ -132,11 +134,14 @@ def states(blocks: Block, x_BLD: Float[jax.Array, "B L D"]) -> Float[jax.Array, 
     return jax.lax.scan(apply, (x_BLD,), blocks)[1]
 
 
-def run(blocks: Block, pieces: Pieces, compute: Compute, at_B: Int[jax.Array, " B"] | None = None) -> Pieces:
+def run(
+    blocks: Block, pieces: Pieces, compute: Compute, at_B: Int[jax.Array, " B"] | None = None, *, fixed: int = 0
+) -> Pieces:
     """Returns what the stacked blocks, one after the other, make of a sequence: at all positions, or, of a sequence
     that is whole, at one of each row.
 
-    Unrolled, each block is compiled by itself, and the last computes nothing but that position.
+    The first `fixed` blocks, and what comes before them, have gradients of 0, which cost nothing. Unrolled, for
+    inference, each block is compiled by itself, and the last computes nothing but that position.
     """
     if compute.unroll:
         *most, last = [jax.tree.map(lambda x, i=i: x[i], blocks) for i in range(blocks.mlp.up.bias.shape[0])]
@@ -147,6 +152,14 @@ def run(blocks: Block, pieces: Pieces, compute: Compute, at_B: Int[jax.Array, " 
     def apply(pieces, block):
         return stay(block(stay(pieces, compute)), compute), None
 
+    if fixed:
+        still = jax.lax.stop_gradient(blocks)
+
+        def apply_nth(pieces, n):  # by number: a scan over a part of the stack would begin with a copy of it
+            return apply(pieces, jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, n, keepdims=False), still))
+
+        pieces = jax.lax.scan(apply_nth, jax.lax.stop_gradient(pieces), jnp.arange(fixed))[0]
+        blocks = jax.tree.map(lambda x: x[fixed:], blocks)
     if REMAT[compute.remat] is not None:
         # The scan keeps the two passes apart: nothing else has to.
         apply = jax.checkpoint(apply, policy=REMAT[compute.remat], prevent_cse=False)

@@ -132,7 +132,7 @@ def mean_state(vit: ViT, x_BLD: Float[jax.Array, "B L D"]) -> Float[jax.Array, "
 
 def attended_state(vit: ViT, x_BLD: Float[jax.Array, "B L D"]) -> Float[jax.Array, "B D"]:
     """Returns what a learnt probe gathers from the patches' states."""
-    (x_BLD,) = transformer.run(vit.blocks, (x_BLD,), vit.compute)
+    (x_BLD,) = transformer.run(vit.blocks, (x_BLD,), vit.compute, fixed=vit.compute.fixed_image)
     return vit.map_pool(vit.post_norm(x_BLD))
 
 
@@ -147,9 +147,10 @@ def both_states(
     """
     first = int(vit.tower.class_token)
     if vit.compute.unroll or vit.compute.attention == "cudnn" or not first:
-        (x_BLD,) = transformer.run(vit.blocks, (x_BLD,), vit.compute)
+        (x_BLD,) = transformer.run(vit.blocks, (x_BLD,), vit.compute, fixed=vit.compute.fixed_image)
         return x_BLD[:, :first], x_BLD[:, first:]
-    x_BPD, cls_B1D = transformer.run(vit.blocks, (x_BLD[:, first:], x_BLD[:, :first]), vit.compute)
+    pieces = x_BLD[:, first:], x_BLD[:, :first]
+    x_BPD, cls_B1D = transformer.run(vit.blocks, pieces, vit.compute, fixed=vit.compute.fixed_image)
     return cls_B1D, x_BPD
 
 

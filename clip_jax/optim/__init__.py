@@ -5,6 +5,7 @@ Optax' state: it goes by the run's own count of steps.
 """
 
 import dataclasses
+import re
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ import optax
 from clip_jax.config import OptimConfig, Steps
 from clip_jax.optim.directions import DIRECTIONS
 from clip_jax.optim.factors import Factors, factors_of
-from clip_jax.optim.parameters import Params, by_path, flatten, kind_of, unflatten
+from clip_jax.optim.parameters import BEFORE_BLOCKS, Params, by_path, flatten, kind_of, unflatten
 from clip_jax.optim.schedules import schedule_of
 
 
@@ -23,7 +24,7 @@ from clip_jax.optim.schedules import schedule_of
 class Optimizer:
     """Splits parameters into what is trained and what is fixed, and moves what is trained.
 
-    A stack of blocks of which some are fixed is trained: its fixed blocks have no gradient, and stay as they are.
+    A stack of blocks of which some are fixed is trained: its fixed blocks have gradients of 0, and stay as they are.
     """
 
     transform: optax.GradientTransformation  # gradients → directions, decay included, without a learning rate
@@ -40,6 +41,15 @@ class Optimizer:
     def trains(self, tower: str) -> bool:
         """Returns whether anything of a tower, "image" or "text", is trained."""
         return any(factor.any() for path, factor in self.factors.items() if path.startswith(f"{tower}/"))
+
+    def fixed_blocks(self, tower: str) -> int:
+        """Returns of how many blocks, the first of a tower, nothing is trained, nor before them: no gradient need go
+        there. 0 where all of the stack is fixed: `split` takes it away as it is."""
+        mine = {path.removeprefix(f"{tower}/"): x for path, x in self.factors.items() if path.startswith(f"{tower}/")}
+        if any(factor.any() for path, factor in mine.items() if re.fullmatch(BEFORE_BLOCKS, path)):
+            return 0
+        stacked = [factor != 0 for path, factor in mine.items() if path.startswith("blocks/")]
+        return int(np.argmax(np.any(stacked, axis=0))) if stacked else 0  # a ResNet has no such stack
 
     def trained_numbers(self, params: Params) -> int:
         """Returns how many numbers are trained; `params` may be shapes."""

@@ -142,8 +142,9 @@ def _memory(program: Program, used: int, limit: int) -> Memory:
 
 def _step(program: Program, topology: Topology, cycles: int, collectives: list[Collective]) -> Step:
     seconds = cycles / topology.generation.clock
-    pairs = program.config.data.global_batch
-    asked = pairs * flops.of_pair(program.architecture, program.config.model.patch_dropout).training()
+    pairs, model = program.config.data.global_batch, program.config.model
+    towers = flops.of_pair(program.architecture, model.patch_dropout, model.lora)
+    asked = pairs * towers.training(program.optimizer.factors)
     return Step(
         cycles=cycles,
         seconds=seconds,

@@ -59,6 +59,8 @@ def make_train_step(
     the loss or a gradient is not finite (`finite` in the metrics), all stays as it was but the step: it counts batches.
     """
     image_is_fixed = not optimizer.trains("image")
+    fixed = {f"fixed_{tower}": optimizer.fixed_blocks(tower) for tower in ("image", "text")}
+    definition = definition.computed(**fixed)
 
     def loss_of(
         trained: Params, fixed: Params, statistics: Params, batch: Batch, step: jax.Array

@@ -1,7 +1,8 @@
 """What a run gets out of its chips: pairs a second, the share of their peak, the memory in use.
 
-MFU (model FLOPs utilisation; PaLM, arXiv 2204.02311, appendix B) is analytic: what the architecture asks for, forward
-and backward, over what the chips could have done in that time. What is computed again to save memory does not count.
+MFU (model FLOPs utilisation; PaLM, arXiv 2204.02311, appendix B) is analytic: what the architecture and what is trained
+of it ask for, forward and backward, over what the chips could have done in that time. What is computed again to save
+memory does not count.
 """
 
 import dataclasses
@@ -19,16 +20,26 @@ class Usage:
     kind: str  # of the chips, as JAX calls them
     chips: int
     flops: int  # of a pair
+    forward: int  # of these, those of its forward pass
     here: list[jax.Device]  # the chips of this host
 
     @classmethod
     def of(cls, program: Program) -> "Usage":
         """Returns what a program is measured by on its devices."""
         config, arch, mesh = program.config, program.architecture, program.mesh
-        frozen = [tower for tower in ("image", "text") if not program.optimizer.trains(tower)]
-        towers = flops.of_pair(arch, config.model.patch_dropout).training(frozen)
-        loss = flops.of_loss(1, config.data.global_batch, arch.embed_dim, ring=False)  # a ring's second cosines: no
-        return cls(mesh.devices.flat[0].device_kind, mesh.size, towers + loss, list(mesh.local_devices))
+        factors, trains = program.optimizer.factors, program.optimizer.trains
+        towers = flops.of_pair(arch, config.model.patch_dropout, config.model.lora)
+
+        def loss(sides: int) -> int:  # a ring's second cosines do not count
+            return flops.of_loss(1, config.data.global_batch, arch.embed_dim, ring=False, sides=sides)
+
+        return cls(
+            kind=mesh.devices.flat[0].device_kind,
+            chips=mesh.size,
+            flops=towers.training(factors) + loss(sides=trains("image") + trains("text")),
+            forward=towers.image + towers.text + loss(sides=0),
+            here=list(mesh.local_devices),
+        )
 
     def scalars(self, pairs_per_second: float) -> dict[str, float]:
         """Returns pairs_per_second_per_chip; mfu where the peak is known; device_memory where the devices tell."""
@@ -41,7 +52,7 @@ class Usage:
 
     def described(self) -> str:
         """Returns what MFU counts, or why there is none."""
-        cost = f"{self.flops / 1e9:,.4g} GFLOP a pair"
+        cost = f"{self.flops / 1e9:,.4g} GFLOP a pair, {self.flops / self.forward:.2f} times its forward pass"
         if peak := flops.PEAKS.get(self.kind):
             return f"MFU: analytic, {cost}, {peak / 1e12:g} TFLOP/s a chip ({self.kind}, bfloat16, dense)"
         return f"MFU: none, the peak of {self.kind!r} is not known (analytic {cost})"

@@ -11,9 +11,11 @@ import pytest
 from oracles import open_clip as peer
 
 from clip_jax import optim
+from clip_jax.architecture import Lora
 from clip_jax.config import Config, DataConfig, OptimConfig, Steps
 from clip_jax.errors import UserError
 from clip_jax.models.clip import Definition
+from clip_jax.models.transformer import Compute
 from clip_jax.models.variants import VARIANTS
 from clip_jax.optim.factors import factors_of
 from clip_jax.weights import open_clip
@@ -152,6 +154,36 @@ def test_beside_adapters_nothing_is_trained():
     assert not optimizer.trains("image")
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape), trained)
     jax.jit(optimizer.update)(zeros, optimizer.init(zeros), zeros, 0)
+
+
+# --- blocks without a backward pass ---
+
+
+@pytest.mark.parametrize(
+    ("fields", "blocks"),
+    [
+        ({}, (0, 0)),
+        ({"lock_image": 5, "lock_text": 3}, (8, 10)),  # the projection and the last blocks are trained
+        ({"lock_image": 5, "frozen": "image/blocks/attention/.*", "layer_decay": 0.5}, (8, 0)),
+        ({"lock_image": 0, "lock_text": 1}, (0, 0)),  # the whole stack is no part of what is differentiated
+        ({"lock_image": 13, "lock_text": 14}, (0, 0)),  # all blocks are trained
+        ({"frozen": "text/.*embedding"}, (0, 0)),
+    ],
+)
+def test_fixed_blocks_are_those_with_nothing_trained_in_them_or_before(fields, blocks):
+    optimizer = optim.make(OptimConfig(warmup="1 step", **fields), VIT, Steps(10, 1))
+    assert (optimizer.fixed_blocks("image"), optimizer.fixed_blocks("text")) == blocks
+
+
+def test_where_adapters_are_trained_blocks_are_fixed_only_below_the_first_of_them():
+    shapes = Definition(VARIANTS["ViT-B/32"], Compute(lora=Lora(2, 2.0))).shapes().params
+    for fields, blocks in (({}, 0), ({"lock_image": 4}, 9), ({"lock_image": 4, "frozen": "image/.*lora_a"}, 9)):
+        assert optim.make(OptimConfig(warmup="1 step", **fields), shapes, Steps(10, 1)).fixed_blocks("image") == blocks
+
+
+def test_a_resnets_fixed_blocks_are_never_counted():
+    optimizer = optim.make(OptimConfig(warmup="1 step", frozen="image/stem.*"), RESNET, Steps(10, 1))
+    assert optimizer.fixed_blocks("image") == 0
 
 
 # --- bad input ---
