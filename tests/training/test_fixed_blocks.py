@@ -1,7 +1,7 @@
 """Where the first blocks of a tower are fixed, the backward pass ends above them: the same gradients for less.
 
-They are equal in float64 but for its rounding, and not bit for bit: XLA fuses a forward pass of which nothing is kept
-in another way, and so sums in another order.
+They are equal in float64 but for its rounding, and not bit for bit: a forward pass of which nothing is kept is another
+program.
 """
 
 import dataclasses
