@@ -170,7 +170,7 @@ def training_batches(pairs: TrainingPairs, *, num_threads: int, num_workers: int
     if num_workers:
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # Grain's processes ask for it, also where there is no command line
-        loaded = loaded.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers), preemption.deaf)
+        loaded = loaded.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers), preemption.become_reader)
     return grain.experimental.RebatchIterDataset(loaded, len(pairs.rows))
 
 
