@@ -137,6 +137,36 @@ def test_the_limit_is_of_the_last_10_000_pairs():
     assert found == [False] * 5 + [True] * 2
 
 
+@pytest.mark.parametrize("cut", [99, 101, 104])
+def test_a_resumed_run_stops_for_bad_records_where_the_uninterrupted_one_does(cut):
+    laps = [{"a": {"damaged image": n}} for n in [40] * 99 + [60] * 7]
+    limit, found = BadLimit(0.05, seen=0), []
+    for lap, bad in enumerate(laps, start=1):
+        if lap - 1 == cut:  # interrupted in the middle of a lap, whose pairs are reported when it ends
+            limit = BadLimit(0.05, seen=1000 * cut + 500, state=json.loads(json.dumps(limit.state())))
+        found.append(limit.passed(1000 * lap, bad))
+    assert [bool(words) for words in found] == [False] * 104 + [True] * 2
+    assert "of the last 10,000 pairs" in found[-1]
+
+
+@pytest.mark.full
+def test_runs_that_are_started_again_and_again_do_not_train_through_the_limit(damaged, tmp_path):
+    config = config_of(f"wds:{damaged}", bad_limit=0.0009, steps_between=2)  # 9 of 10,000 pairs; a run of 96 has more
+    with pytest.raises(UserError, match="cannot be read"):
+        train(config, tmp_path / "whole", devices=ONE)
+    stopped = read_lines(tmp_path / "whole" / "metrics.jsonl")[-1]["step"]
+    assert stopped == 6
+
+    def killed(step: int) -> bool:
+        return step % 2 == 0
+
+    for _ in range(2):
+        train(config, tmp_path / "cut", devices=ONE, preempted=killed)
+    with pytest.raises(UserError, match="cannot be read"):
+        train(config, tmp_path / "cut", devices=ONE, preempted=killed)
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+
+
 def test_a_large_batch_is_a_window_of_its_own():
     limit = BadLimit(0.05, seen=0)
     assert limit.passed(30_000, {"a": {"damaged image": 1500}}) is None
