@@ -111,6 +111,7 @@ class Journal:
         All processes call it at the same step; it waits until that is done.
         """
         self._incidents.read(self.say)
+        self.problem = self.problem or self._incidents.too_many()  # what is saved has forgotten a row that has ended
         return {
             "incidents": self._incidents.state(),
             "bad_records": self._feed.unreported(),
