@@ -17,7 +17,7 @@ from clip_jax.errors import UserError
 from clip_jax.models import variants
 from clip_jax.preemption import Preempted, never
 from clip_jax.training.checkpoint import Checkpoints, Keep, changed_data
-from clip_jax.training.evaluation import open_measures
+from clip_jax.training.evaluation import Measure, open_measures
 from clip_jax.training.feed import Bad, Feed
 from clip_jax.training.journal import Journal, every
 from clip_jax.training.profiler import window
@@ -57,7 +57,7 @@ def train(
     measures = open_measures(config)
     traced = window(profile, done=folder.latest_step() or 0, total=last_step) if profile else None
     check_wandb(config)
-    facts = _facts(program, tokenizer, source, folder)
+    facts = _facts(program, tokenizer, source, measures, folder)
     distributed.agree(facts | {"the weights to start from": weights and weights.fingerprint()})
 
     # 2. The folder, and in it the state: new, or as it was left.
@@ -145,13 +145,16 @@ def _introduction(program: Program, source: Source, start: int) -> list[str]:
 _OF_THE_HOST = ("data.data_dir", "data.num_threads", "data.num_workers", "model.tokenizer")
 
 
-def _facts(program: Program, tokenizer: str | None, source: Source, folder: Workdir) -> dict[str, Any]:
+def _facts(
+    program: Program, tokenizer: str | None, source: Source, measures: list[Measure], folder: Workdir
+) -> dict[str, Any]:
     """Returns what has to be the same in all processes of a run."""
     return {
         "the config": {path: value for path, _, value in leaves(program.config) if path not in _OF_THE_HOST},
         "attention": program.attention,
         "the tokenizer": tokenizer,
         "the data": source.fingerprint(),
+        "the data of evaluation.tasks": [measure.source.fingerprint() for measure in measures],
         "the last checkpoint": folder.latest_step(),
     }
 

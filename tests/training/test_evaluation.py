@@ -4,8 +4,10 @@ import json
 
 import jax
 import pytest
+import shards
 
 import clip_jax
+from clip_jax import distributed
 from clip_jax.config import Config, DataConfig, EvaluationConfig, MeshConfig, ModelConfig, OptimConfig
 from clip_jax.data.sources import open_source
 from clip_jax.errors import UserError
@@ -74,6 +76,25 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_written(changes, 
         train(config(data_dir, **changes), tmp_path / "run")
     assert words in str(error.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_processes_that_evaluate_on_other_copies_of_a_data_set_do_not_agree(data_dir, tmp_path, monkeypatch):
+    class Asked(Exception):
+        """What the processes are to agree on."""
+
+    def ask(facts: dict) -> None:
+        raise Asked(facts)
+
+    monkeypatch.setattr(distributed, "agree", ask)
+    found = []
+    for records in (4, 4, 5):
+        folder = shards.write_several(tmp_path / str(len(found)) / "pairs", shards=1, records=records)
+        with pytest.raises(Asked) as asked:
+            tasks = EvaluationConfig(f"zeroshot_retrieval=wds:{folder}")
+            train(config(data_dir, evaluation=tasks), tmp_path / "run", devices=jax.devices()[:1])
+        found.append({name: fact for name, fact in asked.value.args[0].items() if name != "the config"})
+    assert found[0] == found[1], "where they lie does not count"
+    assert [name for name in found[0] if found[0][name] != found[2][name]] == ["the data of evaluation.tasks"]
 
 
 def test_tasks_that_are_not_written_so_are_refused():
