@@ -285,7 +285,8 @@ def _read_run(path: Path, dtype: DType | None) -> Bundle:
     arrays = arrays if lora is None else adapters.merged(arrays, lora)
     origin = f"{workdir.path}/checkpoints/{step}"
     results = workdir.evaluation(step)
-    return Bundle(architecture, arrays, workdir.variant(), origin, workdir.tokenizer(), results)
+    kernel = bundle.check_resize_kernel(workdir.config_file, workdir.resize_kernel() or bundle.RESIZE_KERNELS[0])
+    return Bundle(architecture, arrays, workdir.variant(), origin, workdir.tokenizer(), results, kernel)
 
 
 READERS = {"format": bundle.read_folder, "model_type": huggingface.read, "config": _read_run}  # by config.json's fields

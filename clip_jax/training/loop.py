@@ -61,9 +61,10 @@ def train(
     distributed.agree(facts | {"the weights to start from": weights and weights.fingerprint()})
 
     # 2. The folder, and in it the state: new, or as it was left.
+    kernel = None if weights is None else weights.resize_kernel
     is_first = jax.process_index() == 0  # of the processes: it alone writes, but for checkpoints
     if is_first and not folder.is_claimed():
-        folder.claim(config, arch, tokenizer, variant=program.variant)
+        folder.claim(config, arch, tokenizer, variant=program.variant, resize_kernel=kernel)
     with Checkpoints(folder.checkpoints, keep=_keep(config)) as checkpoints:
         latest, damaged = checkpoints.last_whole()
         start, unlogged = latest or 0, {}
@@ -76,7 +77,7 @@ def train(
         set_aside = checkpoints.set_aside(damaged)
         if is_first:
             # Again, with what may change: the mesh, cadences, where the data lies.
-            folder.claim(config, arch, variant=program.variant)
+            folder.claim(config, arch, variant=program.variant, resize_kernel=kernel)
 
         # 3. The data, from the example where the run is; and step by step.
         with (

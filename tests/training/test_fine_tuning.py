@@ -180,6 +180,37 @@ def test_a_run_that_was_stopped_before_its_first_checkpoint_starts_from_the_weig
         train(gone, tmp_path / "run", devices=ONE)
 
 
+def test_a_runs_folder_keeps_the_kernel_by_which_the_weights_it_came_from_are_resized(
+    run, file, data_dir, tmp_path, monkeypatch
+):
+    pretrained.convert(file, "huggingface", tmp_path / "theirs")
+    folder = Workdir(shutil.copytree(run, tmp_path / "run"))
+    before = json.loads(folder.config_file.read_text())
+    assert before["resize_kernel"] == "bicubic_antialias"
+    for claimed in ("bicubic", None):  # when it begins, and when it goes on
+        folder.claim(folder.config(), VIT, variant=folder.variant(), resize_kernel=claimed)
+        found = pretrained.read(folder.path, pretrained.Asked(image_size=48))
+        expected = pretrained.read(tmp_path / "theirs", pretrained.Asked(image_size=48))
+        assert found.resize_kernel == expected.resize_kernel == "bicubic"
+    del before["resize_kernel"]  # as older runs
+    folder.config_file.write_text(json.dumps(before))
+    assert pretrained.read(folder.path).resize_kernel == "bicubic_antialias"
+    folder.config_file.write_text(json.dumps(before | {"resize_kernel": "cubic"}))
+    with pytest.raises(UserError, match="resize_kernel='cubic' is not one of bicubic_antialias, bicubic"):
+        pretrained.read(folder.path)
+
+    class Claimed(Exception):
+        """What the folder is told."""
+
+    def claim(*_, **told) -> None:
+        raise Claimed(told)
+
+    monkeypatch.setattr(Workdir, "claim", claim)
+    with pytest.raises(Claimed) as claimed:
+        train(config(data_dir, tmp_path / "theirs"), tmp_path / "new", devices=ONE)
+    assert claimed.value.args[0]["resize_kernel"] == "bicubic"
+
+
 @pytest.mark.full
 def test_a_tokenizer_comes_with_the_weights_and_stays_with_the_run(data_dir, tmp_path):
     small = Architecture(
