@@ -68,6 +68,10 @@ def test_the_checkpoint_where_a_metric_was_highest_stays(data_dir, tmp_path):
     [
         ({"evaluation": EvaluationConfig("linear=tfds:captioned_digits")}, "unknown task 'linear'; there are"),
         ({"evaluation": EvaluationConfig("zeroshot_retrieval=tfds:captioned_digit")}, "captioned_digits"),
+        (
+            {"keep_best": f"{DIGITS}/acc1", "evaluation": EvaluationConfig()},
+            f"keep_best='{DIGITS}/acc1' is a metric of evaluation.tasks, which is not set: set it to",
+        ),
         ({"keep_best": "captioned_digits/acc1"}, "keep_best='captioned_digits/acc1' is no metric of evaluation.tasks"),
     ],
 )
@@ -89,8 +93,8 @@ def test_processes_that_evaluate_on_other_copies_of_a_data_set_do_not_agree(data
     found = []
     for records in (4, 4, 5):
         folder = shards.write_several(tmp_path / str(len(found)) / "pairs", shards=1, records=records)
+        tasks = EvaluationConfig(f"zeroshot_retrieval=wds:{folder}")
         with pytest.raises(Asked) as asked:
-            tasks = EvaluationConfig(f"zeroshot_retrieval=wds:{folder}")
             train(config(data_dir, evaluation=tasks), tmp_path / "run", devices=jax.devices()[:1])
         found.append({name: fact for name, fact in asked.value.args[0].items() if name != "the config"})
     assert found[0] == found[1], "where they lie does not count"
