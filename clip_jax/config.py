@@ -25,6 +25,7 @@ ATTENTION = ("auto", "xla", "cudnn")
 MAX_IMAGE_PIXELS = 89_478_485
 LOSS_FORMS = ("auto", "dense", "ring")
 OPTIMIZERS = ("adamw", "lion", "adafactor", "muon")
+WITH_EPS = ("adamw", "muon")
 SCHEDULES = ("cosine", "linear", "rsqrt", "constant")
 
 _FACTOR = r"\d+(\.\d*)?(e[+-]?\d+)?|\.\d+(e[+-]?\d+)?"
@@ -86,6 +87,11 @@ class ModelConfig(Checked):
             f"model.lora_rank={self.lora_rank} must be at least 1, or None: no adapters",
         )
         _require(0 < self.lora_alpha < math.inf, f"model.lora_alpha={self.lora_alpha} must be positive and finite")
+        _require(
+            self.lora_rank is not None or self.lora_alpha == ModelConfig.lora_alpha,
+            f"model.lora_alpha={self.lora_alpha} is of adapters, and without model.lora_rank there are none; set "
+            "model.lora_rank, or leave model.lora_alpha out",
+        )
 
 
 @dataclasses.dataclass
@@ -174,7 +180,9 @@ class OptimConfig(Checked):
     def check(self) -> None:
         _require_one_of("optim.optimizer", self.optimizer, OPTIMIZERS)
         _require_one_of("optim.schedule", self.schedule, SCHEDULES)
-        _require(self.learning_rate > 0, f"optim.learning_rate={self.learning_rate} must be positive")
+        _require(
+            0 < self.learning_rate < math.inf, f"optim.learning_rate={self.learning_rate} must be positive and finite"
+        )
         warmup, _ = durations.parse(self.warmup, "optim.warmup")
         cooldown, _ = durations.parse(self.cooldown, "optim.cooldown")
         _require(
@@ -186,9 +194,16 @@ class OptimConfig(Checked):
             f"optim.cooldown={self.cooldown!r}: the schedule {self.schedule} ends at 0 by itself; leave the cool-down "
             f"out, or let optim.schedule be rsqrt or constant",
         )
-        _require(self.weight_decay >= 0, f"optim.weight_decay={self.weight_decay} must not be negative")
+        _require(
+            0 <= self.weight_decay < math.inf, f"optim.weight_decay={self.weight_decay} must be finite and not negative"
+        )
         _require(0 <= self.b1 < 1 and 0 <= self.b2 < 1, f"optim.b1={self.b1} and optim.b2={self.b2} must be in [0, 1)")
-        _require(self.eps > 0, f"optim.eps={self.eps} must be positive")
+        _require(0 < self.eps < math.inf, f"optim.eps={self.eps} must be positive and finite")
+        _require(
+            self.optimizer in WITH_EPS or self.eps == OptimConfig.eps,
+            f"optim.eps={self.eps}: {self.optimizer} has none; leave it out, or let optim.optimizer be "
+            f"{' or '.join(WITH_EPS)}",
+        )
         _require(
             self.clip_norm is None or self.clip_norm > 0, f"optim.clip_norm={self.clip_norm} must be positive, or None"
         )
@@ -310,6 +325,13 @@ class Config(Checked):
         for name in ("checkpoint_minutes", "keep_every"):
             value = getattr(self, name)
             _require(value is None or value > 0, f"{name}={value} must be positive, or None")
+        if self.keep_every is not None and (over := self.keep_every % self.checkpoint_every):
+            below = self.keep_every - over
+            nearest_ones = [n for n in (below, below + self.checkpoint_every) if n]
+            raise UserError(
+                f"keep_every={self.keep_every} is no multiple of checkpoint_every={self.checkpoint_every}, when "
+                f"checkpoints are written; the nearest that are: {', '.join(map(str, nearest_ones))}"
+            )
         _require(self.microbatch is None or self.microbatch > 0, f"microbatch={self.microbatch} must be at least 1")
         _require(
             self.wandb is None or re.fullmatch(r"[^/\\#?%:]{1,128}", self.wandb) is not None,

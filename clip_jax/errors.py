@@ -17,6 +17,11 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else f"; there are: {', '.join(known)}"
 
 
+def nearest_few(word: str, known: Iterable[str], n: int = 3) -> str:
+    """Returns "; the nearest are: X, Y, Z", where there are too many to list."""
+    return f"; the nearest are: {', '.join(difflib.get_close_matches(word, known, n, cutoff=0))}"
+
+
 @contextlib.contextmanager
 def about(whose: Any) -> Iterator[None]:
     """Puts what a mistake is about, a file or a part of it, before the words of a UserError."""

@@ -5,6 +5,7 @@ that is alone hears it here.
 """
 
 import contextlib
+import multiprocessing
 import os
 import signal
 import sys
@@ -27,11 +28,11 @@ def heard() -> Iterator[Preempted]:
     once, with exit code 0, also where the main thread is inside of XLA for minutes and no handler of Python's runs.
     """
     told, asked = threading.Event(), threading.Event()
-    ear, mouth = os.pipe()
-    os.set_blocking(mouth, False)
+    signals, wakeup = os.pipe()  # the interpreter writes a signal's number into it, whatever the main thread does
+    os.set_blocking(wakeup, False)
 
     def listen() -> None:
-        while os.read(ear, 1)[0] != signal.SIGTERM:
+        while os.read(signals, 1)[0] != signal.SIGTERM:
             pass
         told.set()
         if not asked.is_set():
@@ -43,7 +44,7 @@ def heard() -> Iterator[Preempted]:
         return told.is_set()
 
     threading.Thread(target=listen, name="preemption", daemon=True).start()
-    former = signal.signal(signal.SIGTERM, lambda *_: None), signal.set_wakeup_fd(mouth, warn_on_full_buffer=False)
+    former = signal.signal(signal.SIGTERM, lambda *_: None), signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
     try:
         yield preempted
     finally:
@@ -51,6 +52,16 @@ def heard() -> Iterator[Preempted]:
         signal.signal(signal.SIGTERM, former[0])
 
 
-def deaf(*_: int) -> None:
-    """Makes a process that reads data deaf to SIGTERM, which schedulers send to all: the one that trains needs it."""
+def become_reader(*_: int) -> None:
+    """Makes this process one that reads data for a trainer, which started it: deaf to SIGTERM, which schedulers send to
+    all, for the trainer needs it to finish its step; and gone when the trainer is, whatever that ended by."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if trainer := multiprocessing.parent_process():
+        # Not prctl's PDEATHSIG: that is sent when the thread ends which started a process, and Linux alone has it.
+        threading.Thread(target=_end_with, args=(trainer,), name="end with the trainer", daemon=True).start()
+
+
+def _end_with(other: multiprocessing.process.BaseProcess) -> None:
+    """Ends this process as soon as the other has ended."""
+    other.join()
+    os._exit(1)

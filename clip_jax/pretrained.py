@@ -257,16 +257,20 @@ def _check(found: Bundle, expected: Architecture | None, asked: Asked) -> None:
         expected = found.architecture if same else dataclasses.replace(found.architecture, logit_bias=asked.logit_bias)
     sizes = {"image.image_size": asked.image_size, "text.context_length": asked.context_length}
     besides = ("preprocess.", "tokenize.", *(path for path, size in sizes.items() if size is not None))
-    problems = differences(expected, found.architecture, besides)
+    problems, advice = differences(expected, found.architecture, besides), ""
     if any("activation" in problem for problem in problems):
-        problems.append(
-            "weights that were trained with QuickGELU and are computed with GELU, or the other way round, lose points "
-            "of accuracy, and nothing says so; if the weights' own word is wrong, insist by activation="
+        advice += (
+            ". Weights that were trained with QuickGELU and are computed with GELU, or the other way round, lose "
+            "points of accuracy, and nothing says so; if the weights' own word is wrong, insist by activation= "
+            "(train.py: convert them first, with convert_weights.py --activation)"
         )
     if any(problem.startswith(tuple(sizes)) for problem in problems):
-        problems.append("position embeddings are resized for an image_size= or context_length= that is asked for")
+        advice += (
+            ". Position embeddings are resized for an image_size= or context_length= that is asked for (train.py: "
+            "--config.model.image_size, --config.model.context_length)"
+        )
     if problems:
-        raise UserError(f"{found.origin} is no {asked.variant or 'such model'}: {'; '.join(problems)}")
+        raise UserError(f"{found.origin} is no {asked.variant or 'such model'}: {'; '.join(problems)}{advice}")
 
 
 def _expanded(path: str | os.PathLike) -> Path:
@@ -292,7 +296,8 @@ def _read_run(path: AnyPath, dtype: DType | None, *, step: int | None = None) ->
     arrays = arrays if lora is None else adapters.merged(arrays, lora)
     origin = f"{workdir.path}/checkpoints/{step}"
     results = workdir.evaluation(step)
-    return Bundle(architecture, arrays, workdir.variant(), origin, workdir.tokenizer(), results)
+    kernel = bundle.check_resize_kernel(workdir.config_file, workdir.resize_kernel() or bundle.RESIZE_KERNELS[0])
+    return Bundle(architecture, arrays, workdir.variant(), origin, workdir.tokenizer(), results, kernel)
 
 
 READERS = {"format": bundle.read_folder, "model_type": huggingface.read, "config": _read_run}  # by config.json's fields

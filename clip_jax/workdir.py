@@ -1,6 +1,7 @@
 """A run's folder: what lies where, and the `config.json` that says whose run it is.
 
-WORKDIR/config.json           the whole run ("config"), and what its weights mean ("variant", "architecture", "lora")
+WORKDIR/config.json           the whole run ("config"), and what its weights mean ("variant", "architecture", "lora",
+                              "resize_kernel")
 WORKDIR/tokenizer.json        the tokenizer, where it is not CLIP's own
 WORKDIR/metrics.jsonl         one JSON object a logged step
 WORKDIR/incidents.jsonl       one JSON object for every update that was skipped and every loss that jumped
@@ -148,9 +149,11 @@ class Workdir:
         tokenizer: str | None = None,
         *,
         variant: str | None = None,
+        resize_kernel: str | None = None,
     ) -> None:
-        """Makes the folder this run's; `tokenizer` is what its tokenizer.json says, if the run has one, and `variant`
-        its architecture's name, where the config gives none.
+        """Makes the folder this run's; `tokenizer` is what its tokenizer.json says, if the run has one, `variant` its
+        architecture's name, where the config gives none, and `resize_kernel` that of the weights it starts from; None:
+        what it has said before.
 
         Raises:
             UserError: it cannot be written.
@@ -162,6 +165,8 @@ class Workdir:
         }
         if config.model.lora is not None:
             content["lora"] = dataclasses.asdict(config.model.lora)
+        if kernel := resize_kernel or (self.resize_kernel() if self.is_claimed() else None):
+            content["resize_kernel"] = kernel
         if tokenizer is not None:
             write_text(self.tokenizer_file, tokenizer)
         write_text(self.config_file, json.dumps(content, indent=2) + "\n")
@@ -202,6 +207,10 @@ class Workdir:
     def variant(self) -> str:
         """Returns the name of the run's architecture."""
         return str(self._read("variant"))
+
+    def resize_kernel(self) -> str | None:
+        """Returns by which kernel the weights that the run started from are resized; None: it does not say."""
+        return self._content().get("resize_kernel")
 
     def _built(self, cls: type, part: str):
         values = self._read(part)

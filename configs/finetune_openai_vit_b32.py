@@ -8,6 +8,9 @@ Starts from OpenAI's weights, which are downloaded; any other source of the same
 
     python convert_weights.py --source=runs/b32 --format=openai --target=b32.pt --check
 
+A larger model, such as ViT-L/14, costs about half with --config.model.patch_dropout=0.5 (FLIP, arXiv 2212.00794); its
+last epochs are then a run without, from this one's workdir: docs/finetuning.md.
+
 Hardware: one GPU with 24 GB. On less memory, --config.microbatch=256 gives the same gradients.
 Time: not run here.
 Result: not run here.

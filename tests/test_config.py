@@ -148,13 +148,17 @@ def test_a_config_json_that_is_not_ours_is_refused_by_its_path(text, tmp_path):
         ("data.num_threads", 0, "at least 1"),
         ("data.num_workers", -1, "negative"),
         ("optim.learning_rate", 0.0, "positive"),
-        ("optim.learning_rate", float("nan"), "positive"),
+        ("optim.learning_rate", float("nan"), "positive and finite"),
+        ("optim.learning_rate", float("inf"), "positive and finite"),
         ("optim.warmup", "-1", "no duration: write it as '5000 steps'"),
         ("optim.weight_decay", -0.1, "negative"),
+        ("optim.weight_decay", float("inf"), "finite"),
+        ("optim.weight_decay", float("nan"), "finite"),
         ("optim.b1", 1.0, r"\[0, 1\)"),
         ("optim.b2", -0.5, r"\[0, 1\)"),
         ("optim.eps", -1e-6, "positive"),
-        ("optim.eps", float("nan"), "positive"),
+        ("optim.eps", float("nan"), "positive and finite"),
+        ("optim.eps", float("inf"), "positive and finite"),
         ("optim.clip_norm", 0.0, "positive"),
         ("mesh.data", 0, "positive, or -1"),
         ("mesh.fsdp", -2, "positive, or -1"),
@@ -166,6 +170,9 @@ def test_a_config_json_that_is_not_ours_is_refused_by_its_path(text, tmp_path):
         ("log_every", 0, "at least 1"),
         ("checkpoint_every", -5, "at least 1"),
         ("keep_checkpoints", 0, "at least 1"),
+        ("keep_every", 1500, "no multiple of checkpoint_every=1000, .*; the nearest that are: 1000, 2000"),
+        ("keep_every", 10, "no multiple of checkpoint_every=1000, .*; the nearest that are: 1000$"),
+        ("model.lora_alpha", 32.0, "without model.lora_rank there are none; set model.lora_rank, or leave"),
     ],
 )
 def test_a_value_that_breaks_a_rule_is_refused_with_field_value_and_rule(path, value, rule):
@@ -173,6 +180,13 @@ def test_a_value_that_breaks_a_rule_is_refused_with_field_value_and_rule(path, v
         c.build(Config, with_value(path, value))
     assert path.rpartition(".")[2] in str(error.value)
     assert str(value) in str(error.value)
+
+
+@pytest.mark.parametrize("optimizer", ["lion", "adafactor"])
+def test_an_eps_is_refused_of_an_optimizer_that_has_none(optimizer):
+    assert OptimConfig(optimizer).eps == OptimConfig.eps
+    with pytest.raises(UserError, match=rf"optim\.eps=1e-08: {optimizer} has none; leave it out, .* adamw or muon"):
+        OptimConfig(optimizer, eps=1e-8)
 
 
 def test_a_warm_up_as_long_as_the_run_is_refused_with_the_next_move():

@@ -34,7 +34,8 @@ def test_every_config_builds_and_its_header_says_how_to_run_it(file):
 
 
 @pytest.mark.parametrize(
-    ("name", "share"), [("finetune_openai_vit_b32", 1), ("finetune_lora_vit_l14", 0.022), ("lit_vit_b16", 0.424)]
+    ("name", "share"),
+    [("finetune_openai_vit_b32", 1), ("finetune_lora_vit_l14", 0.022), ("finetune_lit_vit_b16", 0.424)],
 )
 def test_a_fine_tuning_config_makes_a_run_on_one_device_that_trains_what_its_header_says(name, share):
     config = load_config(ROOT / "configs" / f"{name}.py")

@@ -104,6 +104,41 @@ def test_a_lone_process_hears_sigterm_and_ends_by_it_only_where_nothing_can_be_l
     assert words in errors
 
 
+READING = """
+import multiprocessing, threading, time
+from clip_jax import preemption
+
+def read():
+    preemption.become_reader()
+    print("reading", flush=True)
+    time.sleep(3600)
+
+if __name__ == "__main__":
+    with preemption.heard():
+        reader = multiprocessing.get_context("spawn").Process(target=read, daemon=True)
+        starter = threading.Thread(target=reader.start)  # which ends, as Grain's may
+        starter.start()
+        starter.join()
+        time.sleep(3600)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_the_readers_of_a_lone_process_end_with_it(number, tmp_path):
+    """As long as one of them is there, its end of the pipe is open."""
+    file = tmp_path / "reading.py"
+    file.write_text(READING)
+    process = start([str(file)])
+    assert process.stdout.readline() == "reading\n"
+    time.sleep(0.5)
+    assert process.poll() is None, "a reader whose trainer is there goes on"
+    process.send_signal(number)
+    try:
+        process.communicate(timeout=30)
+    finally:
+        process.kill()
+
+
 READER = "reader = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(3600)'])"
 
 

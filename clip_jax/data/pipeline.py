@@ -138,15 +138,26 @@ class TrainingPairs:
 
 
 def training_pairs(
-    config: Config, arch: Architecture, tokenizer: str | None, source: Source, *, rows: Sequence[int], start: int = 0
+    config: Config,
+    arch: Architecture,
+    tokenizer: str | None,
+    source: Source,
+    *,
+    rows: Sequence[int],
+    start: int = 0,
+    last_step: int | None = None,
 ) -> TrainingPairs:
-    """Returns what a host reads from step `start` on; `tokenizer` is what its tokenizer.json says, if it has one."""
+    """Returns what a host reads from step `start` on; `tokenizer` is what its tokenizer.json says, if it has one.
+
+    It ends with `last_step`; None: with that of the config's duration on this source.
+    """
     data = config.data
+    last_step = config.steps(len(source)).total if last_step is None else last_step
     return TrainingPairs(
         source=source,
         order=Order.of(source, config.seed),
         first=start * data.global_batch,
-        last=config.steps(len(source)).total * data.global_batch,
+        last=last_step * data.global_batch,
         global_batch=data.global_batch,
         rows=rows,
         image_size=arch.image.image_size,
@@ -170,7 +181,7 @@ def training_batches(pairs: TrainingPairs, *, num_threads: int, num_workers: int
     if num_workers:
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # Grain's processes ask for it, also where there is no command line
-        loaded = loaded.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers), preemption.deaf)
+        loaded = loaded.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers), preemption.become_reader)
     return grain.experimental.RebatchIterDataset(loaded, len(pairs.rows))
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from clip_jax.config import OptimConfig
-from clip_jax.errors import UserError, nearest
+from clip_jax.errors import UserError, nearest_few
 from clip_jax.optim.parameters import Params, flatten, is_adapter, layers_of
 
 Factors = dict[str, np.ndarray]  # by path: one number, or [depth] for a stack, one for each block
@@ -36,7 +36,9 @@ def factors_of(config: OptimConfig, shapes: Params) -> Factors:
             raise UserError(f"optim.factors: {pattern!r} matches only what is not trained; leave this factor out")
         factors |= {path: np.asarray(factors[path] * factor) for path in paths}
     if not any(factor.any() for factor in factors.values()):
-        raise UserError("nothing is left to train: what is locked and frozen is all there is; give some of it free")
+        fields = {f"optim.{name}": getattr(config, name) for name in ("lock_image", "lock_text", "frozen")}
+        given = ", ".join(f"{name}={value!r}" for name, value in fields.items() if value is not None)
+        raise UserError(f"nothing is left to train: by {given} all there is stays as it is; give some of it free")
     return factors
 
 
@@ -62,5 +64,5 @@ def _matched(field: str, pattern: str, paths: Iterable[str]) -> list[str]:
     """Returns the paths that a pattern matches as a whole."""
     matched = [path for path in paths if re.fullmatch(pattern, path)]
     if not matched:
-        raise UserError(f"optim.{field}: {pattern!r} matches no whole path of a parameter{nearest(pattern, paths)}")
+        raise UserError(f"optim.{field}: {pattern!r} matches no whole path of a parameter{nearest_few(pattern, paths)}")
     return matched

@@ -45,6 +45,11 @@ def open_measures(config: Config) -> list[Measure]:
             if task == "zeroshot_classification" and not source.classnames:
                 raise UserError("the data set has no classes; try zeroshot_retrieval")
         measures.append(Measure(task, source))
+    if config.keep_best is not None and not measures:
+        raise UserError(
+            f"keep_best={config.keep_best!r} is a metric of evaluation.tasks, which is not set: set it to what is to "
+            "be measured, such as zeroshot_classification=tfds:captioned_digits:test, or leave keep_best out"
+        )
     known = [f"{measure.name}/{metric}" for measure in measures for metric in METRICS[measure.task]]
     if config.keep_best is not None and config.keep_best not in known:
         raise UserError(

@@ -152,9 +152,12 @@ def in_words(bad: Bad) -> str:
 class BadLimit:
     """Notices when too many of the last pairs could not be read."""
 
-    def __init__(self, limit: float, *, seen: int):
-        self._limit, self._seen = limit, seen
-        self._laps: collections.deque[tuple[int, Bad]] = collections.deque()
+    def __init__(self, limit: float, *, seen: int, state: dict[str, Any] | None = None):
+        """Goes on from what `state` gave; without one it begins after so many pairs `seen`."""
+        state = state or {"seen": seen, "laps": []}
+        self._limit = limit
+        self._seen: int = state["seen"]
+        self._laps: collections.deque[tuple[int, Bad]] = collections.deque((pairs, bad) for pairs, bad in state["laps"])
 
     def passed(self, seen: int, bad: Bad) -> str | None:
         """Returns what is to be said, with the worst shards, when the limit is passed; `bad` is of the pairs seen since
@@ -171,6 +174,10 @@ class BadLimit:
             f"more than {100 * self._limit:.3g}% (data.bad_limit) of the last {window:,} pairs cannot be read; left "
             f"out: {in_words(recent)}; mend or remove these and go on with data.accept_changes=true, or raise the limit"
         )
+
+    def state(self) -> dict[str, Any]:
+        """Returns what a run that goes on from here has to know, as plain JSON values."""
+        return {"seen": self._seen, "laps": [list(lap) for lap in self._laps]}
 
 
 def loggable(bad: Bad) -> dict[str, Any]:

@@ -45,6 +45,7 @@ class Incidents:
         self._step: int = state["step"]  # the last that was read
         self._losses: list[float] = state["losses"]
         self._row: list[int] = state["row"]  # the steps, one after the other, whose updates were skipped last
+        self._long_row: list[int] | None = None  # that reached the limit, whatever came behind it
         self.skipped: int = state["skipped"]  # updates, in the whole run
 
     def dispatched(self, step: int, loss: jax.Array, finite: jax.Array) -> None:
@@ -53,8 +54,8 @@ class Incidents:
 
     def read(self, say: Callable[[str], None]) -> None:
         """Judges all steps so far; waits until they are done."""
-        unread, self._unread = self._unread, []
-        for (step, *_), (loss, finite) in zip(unread, jax.device_get([results for _, *results in unread]), strict=True):
+        unread, self._unread = jax.device_get(self._unread), []
+        for step, loss, finite in unread:
             self._step = step
             if finite:
                 self._row = []
@@ -62,6 +63,8 @@ class Incidents:
             else:
                 self.skipped += 1
                 self._row.append(step)
+                if len(self._row) >= self._limit:
+                    self._long_row = self._row
                 self._write(step, "skipped", loss=float(loss))
                 say(f"step {step}: loss or gradients are not finite; its update is skipped")
 
@@ -80,12 +83,12 @@ class Incidents:
             self._lines.write({"step": step, "kind": kind, **numbers, "records": self._records(step)})
 
     def too_many(self) -> str | None:
-        """Returns what is to be said when the limit of skipped updates in a row is reached."""
-        if len(self._row) < self._limit:
+        """Returns what is to be said when the limit of skipped updates in a row was reached, at any step so far."""
+        if self._long_row is None:
             return None
         return (
-            f"loss or gradients have not been finite since step {self._row[0]}: {len(self._row)} updates in a row were "
-            f"skipped (skip_limit={self._limit}); their records are in the run's incidents.jsonl; lower "
+            f"loss or gradients were not finite from step {self._long_row[0]} on: {len(self._long_row)} updates in a "
+            f"row were skipped (skip_limit={self._limit}); their records are in the run's incidents.jsonl; lower "
             "optim.learning_rate, clip gradients (optim.clip_norm), compute in float32, or look at the data"
         )
 

@@ -22,7 +22,8 @@ from clip_jax.workdir import Workdir
 class Journal:
     """What is noted between the steps of one run; the first process writes, all of them know.
 
-    After `log`, `problem` says why the run is to stop, None: it is not; and `measured` what the state was found to be.
+    After `log` and `unlogged`, `problem` says why the run is to stop, None: it is not; after `log`, `measured` what the
+    state was found to be.
     """
 
     def __init__(
@@ -42,7 +43,8 @@ class Journal:
         self._evaluation = Evaluation(measures, program, folder) if measures else None
         self._evaluation_every, self._log_every = config.evaluation.every, config.log_every
         self._global_batch = config.data.global_batch
-        self._bad_limit = BadLimit(config.data.bad_limit, seen=start * self._global_batch)
+        seen = start * self._global_batch
+        self._bad_limit = BadLimit(config.data.bad_limit, seen=seen, state=unlogged.get("bad_window"))
         self._usage = Usage.of(program)
         self.problem: str | None = None
         self.measured: dict[str, float] = {}
@@ -110,7 +112,12 @@ class Journal:
         """
         self._incidents.read(self.say)
         self._log.flush()
-        return {"incidents": self._incidents.state(), "bad_records": self._feed.unreported()}
+        self.problem = self.problem or self._incidents.too_many()  # what is saved has forgotten a row that has ended
+        return {
+            "incidents": self._incidents.state(),
+            "bad_records": self._feed.unreported(),
+            "bad_window": self._bad_limit.state(),
+        }
 
     def ends(self) -> None:
         """Says what there is to say after the last step."""

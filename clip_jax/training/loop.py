@@ -17,7 +17,7 @@ from clip_jax.files import place
 from clip_jax.models import variants
 from clip_jax.preemption import Preempted, never
 from clip_jax.training.checkpoint import Checkpoints, Keep, changed_data
-from clip_jax.training.evaluation import open_measures
+from clip_jax.training.evaluation import Measure, open_measures
 from clip_jax.training.feed import Bad, Feed
 from clip_jax.training.journal import Journal, every
 from clip_jax.training.profiler import window
@@ -52,38 +52,41 @@ def train(
     arch = _architecture(config, folder, weights)
     folder.check(config, arch)
     program = assemble(config, devices, records=len(source), arch=arch)
-    last_step = program.steps.total
     tokenizer = folder.tokenizer_for(config.model, arch, weights and weights.tokenizer)
     measures = open_measures(config)
-    traced = window(profile, done=folder.latest_step() or 0, total=last_step) if profile else None
+    traced = window(profile, done=folder.latest_step() or 0, total=program.steps.total) if profile else None
     check_wandb(config)
-    facts = _facts(program, tokenizer, source, folder)
+    facts = _facts(program, tokenizer, source, measures, folder)
     distributed.agree(facts | {"the weights to start from": weights and weights.fingerprint()})
 
     # 2. The folder, and in it the state: new, or as it was left.
+    kernel = None if weights is None else weights.resize_kernel
     is_first = jax.process_index() == 0  # of the processes: it alone writes, but for checkpoints
     if is_first and not folder.is_claimed():
-        folder.claim(config, arch, tokenizer, variant=program.variant)
+        folder.claim(config, arch, tokenizer, variant=program.variant, resize_kernel=kernel)
     with Checkpoints(folder.checkpoints, keep=_keep(config)) as checkpoints:
         latest, damaged = checkpoints.last_whole()
-        start, unlogged = latest or 0, {}
+        start, unlogged, records = latest or 0, {}, len(source)
         if start:
             position = checkpoints.position(start)
-            unlogged = position.pop("unlogged", {})
-            _check_data(position, _position(config, source, start), config)
+            unlogged, records = position.pop("unlogged", {}), position.pop("records", records)
+            if _has_changed(position, _position(config, source, start), config):
+                unlogged.pop("bad_window", None)  # what could not be read of the former data
+        program, length = _as_begun(program, devices, records=records, start=start)
+        last_step = program.steps.total
         state = checkpoints.restore(start, program.state) if start else _first_state(program, weights)
         del weights  # from here on the state has them
         set_aside = checkpoints.set_aside(damaged)
         if is_first:
             # Again, with what may change: the mesh, cadences, where the data lies.
-            folder.claim(config, arch, variant=program.variant)
+            folder.claim(config, arch, variant=program.variant, resize_kernel=kernel)
 
         # 3. The data, from the example where the run is; and step by step.
         with (
             _feed(program, tokenizer, source, start, unlogged.get("bad_records")) as feed,
             Journal(program, folder, feed, measures, start=start, unlogged=unlogged, traced=traced) as journal,
         ):
-            journal.begins([*_introduction(program, source, start), *set_aside])
+            journal.begins([*_introduction(program, source, start), *length, *set_aside])
             for step in range(start + 1, last_step + 1):
                 batch = journal.batch(step)
                 state, metrics = program.train_step(state, batch)
@@ -97,8 +100,8 @@ def train(
                     or journal.problem
                     or ends
                 ):
-                    position = _position(config, source, step) | {"unlogged": journal.unlogged()}
-                    checkpoints.save(state, position, journal.measured)
+                    noted = {"records": records, "unlogged": journal.unlogged()}
+                    checkpoints.save(state, _position(config, source, step) | noted, journal.measured)
                 if journal.problem:
                     raise UserError(journal.problem)
                 if ends:
@@ -126,10 +129,43 @@ def _keep(config: Config) -> Keep:
     return Keep(config.keep_checkpoints, config.keep_every, config.keep_best)
 
 
-def _check_data(saved: dict[str, Any], current: dict[str, Any], config: Config) -> None:
-    """Raises UserError when the data is not what the run was reading, unless that is meant."""
+def _has_changed(saved: dict[str, Any], current: dict[str, Any], config: Config) -> bool:
+    """Returns whether the data is not what the run was reading.
+
+    Raises:
+        UserError: it is not, and that is not meant.
+    """
     if (changed := changed_data(saved, current)) and not config.data.accept_changes:
-        raise UserError(f"{changed}; choose another workdir, or go on with --config.data.accept_changes=true")
+        raise UserError(
+            f"{changed}; where it lies may change (data.train, data.data_dir), what it holds may not: choose another "
+            "workdir, or go on with --config.data.accept_changes=true"
+        )
+    return changed is not None
+
+
+def _as_begun(
+    program: Program, devices: list[jax.Device] | None, *, records: int, start: int
+) -> tuple[Program, list[str]]:
+    """Returns the program with the length that the run has had from its beginning on, when its data had so many
+    records, and what is to be said of that: epochs of other data are of another length.
+
+    Raises:
+        UserError: the run is beyond its end: a checkpoint of former versions does not know the records.
+    """
+    config, now, said = program.config, program.steps, []
+    if config.steps(records) != now:
+        program = assemble(config, devices, records=records, arch=program.architecture)
+        said.append(
+            f"duration: {config.duration!r} stays {program.steps.total:,} steps, by the {records:,} records with which "
+            f"the run was begun; by what the data has now it would be {now.total:,}"
+        )
+    if program.steps.total < start:
+        raise UserError(
+            f"nothing is left to train: duration={config.duration!r} of the data as it is now are "
+            f"{program.steps.total:,} steps, and the run is at step {start:,}; go on with the former data, or begin a "
+            "run with init_from=this workdir"
+        )
+    return program, said
 
 
 def _introduction(program: Program, source: Source, start: int) -> list[str]:
@@ -145,13 +181,16 @@ def _introduction(program: Program, source: Source, start: int) -> list[str]:
 _OF_THE_HOST = ("data.data_dir", "data.num_threads", "data.num_workers", "model.tokenizer")
 
 
-def _facts(program: Program, tokenizer: str | None, source: Source, folder: Workdir) -> dict[str, Any]:
+def _facts(
+    program: Program, tokenizer: str | None, source: Source, measures: list[Measure], folder: Workdir
+) -> dict[str, Any]:
     """Returns what has to be the same in all processes of a run."""
     return {
         "the config": {path: value for path, _, value in leaves(program.config) if path not in _OF_THE_HOST},
         "attention": program.attention,
         "the tokenizer": tokenizer,
         "the data": source.fingerprint(),
+        "the data of evaluation.tasks": [measure.source.fingerprint() for measure in measures],
         "the last checkpoint": folder.latest_step(),
     }
 
@@ -165,7 +204,8 @@ def _feed(program: Program, tokenizer: str | None, source: Source, start: int, b
     """Returns this host's batches from step `start` on; `bad` is what was not reported yet."""
     data, mesh = program.config.data, program.mesh
     rows = sharding.host_rows(data.global_batch, mesh)
-    pairs = training_pairs(program.config, program.architecture, tokenizer, source, rows=rows, start=start)
+    arch, last_step = program.architecture, program.steps.total
+    pairs = training_pairs(program.config, arch, tokenizer, source, rows=rows, start=start, last_step=last_step)
     here = distributed.gather(socket.gethostname()).count(socket.gethostname())  # processes on this host
     cores = min(joblib.cpu_count(), max(1, os.cpu_count() // here))
     # A CPU that trains has no core to spare.

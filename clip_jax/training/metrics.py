@@ -155,8 +155,8 @@ class Progress:
 
     def show(self, step: int, scalars: dict[str, int | float]) -> None:
         """Shows the latest metrics."""
-        found = (scalars["image_to_text_accuracy"] + scalars["text_to_image_accuracy"]) / 2
-        said = f"loss {scalars['loss']:.4f} · found {found:.0%} · {scalars['pairs_per_second']:,.0f} pairs/s"
+        accuracy = (scalars["image_to_text_accuracy"] + scalars["text_to_image_accuracy"]) / 2
+        said = f"loss {scalars['loss']:.4f} · accuracy {accuracy:.0%} · {scalars['pairs_per_second']:,.0f} pairs/s"
         if "mfu" in scalars:
             said += f" · MFU {scalars['mfu']:.0%}"
         self._bar.update(self._task, said=said)

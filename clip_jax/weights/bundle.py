@@ -149,10 +149,19 @@ def _read_config(path: Path) -> dict[str, Any]:
     for name, kind in (("variant", str), ("architecture", dict)):
         if not isinstance(content.get(name), kind):
             raise UserError(f"{path}: {name}={reprlib.repr(content.get(name))} should be {kind.__name__}")
-    if content.get("resize_kernel", RESIZE_KERNELS[0]) not in RESIZE_KERNELS:
-        found = reprlib.repr(content["resize_kernel"])
-        raise UserError(f"{path}: resize_kernel={found} is not one of {', '.join(RESIZE_KERNELS)}")
+    check_resize_kernel(path, content.get("resize_kernel", RESIZE_KERNELS[0]))
     return content
+
+
+def check_resize_kernel(path: Path, found: Any) -> str:
+    """Returns the name of a kernel, which a config.json has.
+
+    Raises:
+        UserError: there is no such kernel.
+    """
+    if found not in RESIZE_KERNELS:
+        raise UserError(f"{path}: resize_kernel={reprlib.repr(found)} is not one of {', '.join(RESIZE_KERNELS)}")
+    return found
 
 
 def _read_tokenizer(path: Path, architecture: Architecture) -> str | None:

@@ -31,7 +31,8 @@ from clip_jax.data.sources import open_training_source
 from clip_jax.errors import UserError
 from clip_jax.models.variants import architecture
 from clip_jax.training.feed import BadLimit, in_words, merged
-from clip_jax.training.loop import train
+from clip_jax.training.loop import _as_begun, train
+from clip_jax.training.program import assemble
 from clip_jax.training.step_lines import read_lines
 
 LIMIT = 120  # seconds that anything here may take; on a quiet machine it is ten
@@ -135,6 +136,36 @@ def test_the_limit_is_of_the_last_10_000_pairs():
     assert not any(limit.passed(1000 * lap, four) for lap in range(1, 100))  # 4 % for ever
     found = [bool(limit.passed(1000 * lap, six)) for lap in range(100, 107)]  # 6 %: too many once more than half are
     assert found == [False] * 5 + [True] * 2
+
+
+@pytest.mark.parametrize("cut", [99, 101, 104])
+def test_a_resumed_run_stops_for_bad_records_where_the_uninterrupted_one_does(cut):
+    laps = [{"a": {"damaged image": n}} for n in [40] * 99 + [60] * 7]
+    limit, found = BadLimit(0.05, seen=0), []
+    for lap, bad in enumerate(laps, start=1):
+        if lap - 1 == cut:  # interrupted in the middle of a lap, whose pairs are reported when it ends
+            limit = BadLimit(0.05, seen=1000 * cut + 500, state=json.loads(json.dumps(limit.state())))
+        found.append(limit.passed(1000 * lap, bad))
+    assert [bool(words) for words in found] == [False] * 104 + [True] * 2
+    assert "of the last 10,000 pairs" in found[-1]
+
+
+@pytest.mark.full
+def test_runs_that_are_started_again_and_again_do_not_train_through_the_limit(damaged, tmp_path):
+    config = config_of(f"wds:{damaged}", bad_limit=0.0009, steps_between=2)  # 9 of 10,000 pairs; a run of 96 has more
+    with pytest.raises(UserError, match="cannot be read"):
+        train(config, tmp_path / "whole", devices=ONE)
+    stopped = read_lines(tmp_path / "whole" / "metrics.jsonl")[-1]["step"]
+    assert stopped == 6
+
+    def killed(step: int) -> bool:
+        return step % 2 == 0
+
+    for _ in range(2):
+        train(config, tmp_path / "cut", devices=ONE, preempted=killed)
+    with pytest.raises(UserError, match="cannot be read"):
+        train(config, tmp_path / "cut", devices=ONE, preempted=killed)
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
 
 
 def test_a_large_batch_is_a_window_of_its_own():
@@ -367,10 +398,46 @@ def test_a_run_on_changed_shards_is_refused_with_the_difference_unless_told_othe
     assert "data/records: 100 -> 109" in words
     assert "data/shards/00001.tar/records: 50 -> 49" in words
     assert "data/shards/00002.tar/records: null -> 10" in words
+    assert "where it lies may change (data.train, data.data_dir), what it holds may not" in words
     assert "--config.data.accept_changes=true" in words
     train(config_of(f"wds:{folder}", steps_between=3, accept_changes=True), run, devices=ONE)
     assert losses(run)[:2] == losses(whole / "run")[:2]
     assert losses(run)[2:] != losses(whole / "run")[2:], "other records from there on"
+
+
+# Of 100 records 13 steps, of 150 19, of 20 three.
+EPOCHS = {"duration": "2 epochs", "checkpoint_every": 5}
+
+
+def test_a_run_whose_data_has_changed_is_as_long_as_it_was_begun_and_an_old_checkpoint_may_be_beyond_its_end():
+    config = dataclasses.replace(config_of("wds:none"), **EPOCHS)
+    before, now, fewer = (assemble(config, ONE, records=records) for records in (100, 150, 20))
+    assert _as_begun(now, ONE, records=150, start=0) == (now, []), "a new run, or a checkpoint that does not know"
+    program, said = _as_begun(now, ONE, records=100, start=5)
+    assert program.steps == before.steps == (13, 2, 0)
+    assert said == [
+        "duration: '2 epochs' stays 13 steps, by the 100 records with which the run was begun; by what the data has "
+        "now it would be 19"
+    ]
+    with pytest.raises(UserError, match="'2 epochs' of the data as it is now are 3 steps, and the run is at step 5;"):
+        _as_begun(fewer, ONE, records=20, start=5)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("records", [150, 20])
+def test_a_run_of_epochs_on_changed_data_goes_on_to_the_step_where_it_was_to_end(records, tmp_path, capsys):
+    folder = shards.write_several(tmp_path / "data", shards=2, records=50)
+    config = dataclasses.replace(config_of(f"wds:{folder}", accept_changes=True), **EPOCHS)
+    run = tmp_path / "run"
+    train(config, run, devices=ONE, preempted=lambda step: step == 6)
+    shutil.rmtree(folder)
+    shards.write_several(folder, shards=1, records=records)
+    train(config, run, devices=ONE, preempted=lambda step: step == 9)
+    assert "duration: '2 epochs' stays 13 steps, by the 100 records" in capsys.readouterr().err
+    train(config, run, devices=ONE)
+    lines = read_lines(run / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 2, 4, 6, 8, 10, 12, 13]
+    assert lines[-1]["learning_rate"] == pytest.approx(1e-3 * (1 + np.cos(np.pi * 10 / 11)) / 2, rel=1e-5)
 
 
 @pytest.mark.parametrize("pattern", ["{tmp}/other/*.tar", "{tmp}/other/{{00001,00000}}.tar"])

@@ -4,8 +4,10 @@ import json
 
 import jax
 import pytest
+import shards
 
 import clip_jax
+from clip_jax import distributed
 from clip_jax.config import Config, DataConfig, EvaluationConfig, MeshConfig, ModelConfig, OptimConfig
 from clip_jax.data.sources import open_source
 from clip_jax.errors import UserError
@@ -66,6 +68,10 @@ def test_the_checkpoint_where_a_metric_was_highest_stays(data_dir, tmp_path):
     [
         ({"evaluation": EvaluationConfig("linear=tfds:captioned_digits")}, "unknown task 'linear'; there are"),
         ({"evaluation": EvaluationConfig("zeroshot_retrieval=tfds:captioned_digit")}, "captioned_digits"),
+        (
+            {"keep_best": f"{DIGITS}/acc1", "evaluation": EvaluationConfig()},
+            f"keep_best='{DIGITS}/acc1' is a metric of evaluation.tasks, which is not set: set it to",
+        ),
         ({"keep_best": "captioned_digits/acc1"}, "keep_best='captioned_digits/acc1' is no metric of evaluation.tasks"),
     ],
 )
@@ -74,6 +80,25 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_written(changes, 
         train(config(data_dir, **changes), tmp_path / "run")
     assert words in str(error.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_processes_that_evaluate_on_other_copies_of_a_data_set_do_not_agree(data_dir, tmp_path, monkeypatch):
+    class Asked(Exception):
+        """What the processes are to agree on."""
+
+    def ask(facts: dict) -> None:
+        raise Asked(facts)
+
+    monkeypatch.setattr(distributed, "agree", ask)
+    found = []
+    for records in (4, 4, 5):
+        folder = shards.write_several(tmp_path / str(len(found)) / "pairs", shards=1, records=records)
+        tasks = EvaluationConfig(f"zeroshot_retrieval=wds:{folder}")
+        with pytest.raises(Asked) as asked:
+            train(config(data_dir, evaluation=tasks), tmp_path / "run", devices=jax.devices()[:1])
+        found.append({name: fact for name, fact in asked.value.args[0].items() if name != "the config"})
+    assert found[0] == found[1], "where they lie does not count"
+    assert [name for name in found[0] if found[0][name] != found[2][name]] == ["the data of evaluation.tasks"]
 
 
 def test_tasks_that_are_not_written_so_are_refused():

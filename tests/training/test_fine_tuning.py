@@ -180,6 +180,37 @@ def test_a_run_that_was_stopped_before_its_first_checkpoint_starts_from_the_weig
         train(gone, tmp_path / "run", devices=ONE)
 
 
+def test_a_runs_folder_keeps_the_kernel_by_which_the_weights_it_came_from_are_resized(
+    run, file, data_dir, tmp_path, monkeypatch
+):
+    pretrained.convert(file, "huggingface", tmp_path / "theirs")
+    folder = Workdir(shutil.copytree(run, tmp_path / "run"))
+    before = json.loads(folder.config_file.read_text())
+    assert before["resize_kernel"] == "bicubic_antialias"
+    for claimed in ("bicubic", None):  # when it begins, and when it goes on
+        folder.claim(folder.config(), VIT, variant=folder.variant(), resize_kernel=claimed)
+        found = pretrained.read(folder.path, pretrained.Asked(image_size=48))
+        expected = pretrained.read(tmp_path / "theirs", pretrained.Asked(image_size=48))
+        assert found.resize_kernel == expected.resize_kernel == "bicubic"
+    del before["resize_kernel"]  # as older runs
+    folder.config_file.write_text(json.dumps(before))
+    assert pretrained.read(folder.path).resize_kernel == "bicubic_antialias"
+    folder.config_file.write_text(json.dumps(before | {"resize_kernel": "cubic"}))
+    with pytest.raises(UserError, match="resize_kernel='cubic' is not one of bicubic_antialias, bicubic"):
+        pretrained.read(folder.path)
+
+    class Claimed(Exception):
+        """What the folder is told."""
+
+    def claim(*_, **told) -> None:
+        raise Claimed(told)
+
+    monkeypatch.setattr(Workdir, "claim", claim)
+    with pytest.raises(Claimed) as claimed:
+        train(config(data_dir, tmp_path / "theirs"), tmp_path / "new", devices=ONE)
+    assert claimed.value.args[0]["resize_kernel"] == "bicubic"
+
+
 @pytest.mark.full
 def test_a_tokenizer_comes_with_the_weights_and_stays_with_the_run(data_dir, tmp_path):
     small = Architecture(
@@ -370,7 +401,7 @@ def test_a_run_with_adapters_leaves_all_else_as_it_was_bit_for_bit(adapted, file
             r"is no ViT-B/32: embed_dim is 32, not 512; image\.depth is 3, not 12; image\.image_size is 32, not 224; "
             r"image\.mlp_dim is 512, not 3072; image\.num_heads is 2, not 12; image\.patch_size is 16, not 32; "
             r"image\.width is 128, not 768; text\.depth is 2, not 12; text\.mlp_dim is 512, not 2048; text\.num_heads "
-            r"is 2, not 8; text\.width is 128, not 512; position embeddings are resized for an image_size=",
+            r"is 2, not 8; text\.width is 128, not 512\. Position embeddings are resized .*--config\.model\.image_size",
         ),
         ({"model__variant": "ViT-B-32"}, r"image\.activation is 'quick_gelu', not 'gelu'.*QuickGELU"),
         ({"model__variant": "RN50"}, r"image\.kind is 'vit', not 'resnet'"),

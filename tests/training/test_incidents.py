@@ -41,8 +41,25 @@ def test_too_many_in_a_row_are_said_since_when_also_when_the_run_was_interrupted
     incidents, _ = seen(tmp_path / "i", [3.0, float("nan"), float("nan")])
     assert incidents.too_many() is None
     incidents, _ = seen(tmp_path / "i", [float("nan")], json.loads(json.dumps(incidents.state())))
-    assert incidents.too_many().startswith("loss or gradients have not been finite since step 2: 3 updates in a row")
+    assert incidents.too_many().startswith("loss or gradients were not finite from step 2 on: 3 updates in a row")
     assert [line["step"] for line in read_lines(tmp_path / "i")] == [2, 3, 4]
+
+
+@pytest.mark.parametrize("log_every", [1, 5, 50])
+def test_a_row_that_reached_the_limit_is_said_also_when_a_finite_step_was_read_with_it(log_every):
+    incidents = Incidents(None, records, 20, None)
+    for step in range(1, 51):
+        loss = float("nan") if 3 <= step < 44 else 3.0  # 41 in a row
+        incidents.dispatched(step, jnp.float32(loss), jnp.isfinite(loss))
+        if step % log_every == 0:
+            incidents.read(lambda line: None)
+            if problem := incidents.too_many():
+                break
+    assert problem.startswith("loss or gradients were not finite from step 3 on: ")
+    row = min(41, step - 2)
+    assert f"{row} updates in a row were skipped (skip_limit=20)" in problem
+    again = Incidents(None, records, 20, json.loads(json.dumps(incidents.state())))
+    assert again.too_many() is None, "a run that was mended goes on"
 
 
 def test_a_jump_is_noted_and_noise_a_falling_loss_and_a_first_step_are_not(tmp_path):

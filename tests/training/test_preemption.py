@@ -72,14 +72,19 @@ def test_all_processes_of_a_run_save_at_one_step_when_one_of_them_is_told(data_d
     assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [1, *range(2, 41, 2)]
 
 
+def readers_of(process: subprocess.Popen) -> list[int]:
+    """Returns the processes that read data for one that trains."""
+    children = [
+        int(pid) for file in Path(f"/proc/{process.pid}/task").glob("*/children") for pid in file.read_text().split()
+    ]
+    return [child for child in children if "spawn_main" in Path(f"/proc/{child}/cmdline").read_text()]
+
+
 @pytest.mark.full
 def test_a_reader_is_deaf_to_what_a_scheduler_sends_to_all(uninterrupted, data_dir, tmp_path):
     process = run(tmp_path, data_dir, FIELDS | {"data.num_workers": 2})
     wait_for_lines(process, tmp_path, 3)
-    children = [
-        int(pid) for file in Path(f"/proc/{process.pid}/task").glob("*/children") for pid in file.read_text().split()
-    ]
-    readers = [child for child in children if "spawn_main" in Path(f"/proc/{child}/cmdline").read_text()]
+    readers = readers_of(process)
     assert len(readers) == 2
     for reader in readers:
         os.kill(reader, signal.SIGTERM)
@@ -89,3 +94,21 @@ def test_a_reader_is_deaf_to_what_a_scheduler_sends_to_all(uninterrupted, data_d
     ((code, _, errors),) = finish([run(tmp_path, data_dir, FIELDS)])
     assert code == 0, errors
     identical(tmp_path, uninterrupted)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("number", "lines"), [(signal.SIGTERM, 0), (signal.SIGKILL, 3)])
+def test_readers_do_not_outlive_a_run_that_ends_before_its_first_step_or_is_killed(number, lines, data_dir, tmp_path):
+    process = run(tmp_path, data_dir, FIELDS | {"data.num_workers": 2})
+    deadline = time.monotonic() + 300
+    while len(readers_of(process)) < 2:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "no readers"
+        time.sleep(0.01)
+    wait_for_lines(process, tmp_path, lines)
+    process.send_signal(number)
+    try:
+        process.communicate(timeout=60)  # as long as a reader is there, its end of the pipe is open
+    finally:
+        process.kill()
+    assert process.returncode == (0 if number == signal.SIGTERM else -number)

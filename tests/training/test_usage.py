@@ -108,8 +108,8 @@ def test_what_mfu_counts_is_said_and_why_there_is_none():
 @pytest.mark.parametrize(
     ("width", "more", "words"),
     [
-        (80, {}, "loss 3.1234 · found 45% · 12,346 pairs/s"),
-        (100, {"mfu": 0.412}, "loss 3.1234 · found 45% · 12,346 pairs/s · MFU 41%"),
+        (80, {}, "loss 3.1234 · accuracy 45% · 12,346 pairs/s"),
+        (100, {"mfu": 0.412}, "loss 3.1234 · accuracy 45% · 12,346 pairs/s · MFU 41%"),
     ],
 )
 def test_a_bar_has_the_latest_metrics_on_one_line_of_a_terminal(width, more, words):
@@ -130,4 +130,4 @@ def test_without_a_terminal_a_line_has_the_same():
     with Progress(20, done=0, console=rich.console.Console(file=screen, width=200)) as progress:
         progress.show(1, SCALARS)
         progress.show(20, SCALARS | {"mfu": 0.412})
-    assert "step 20/20 · loss 3.1234 · found 45% · 12,346 pairs/s · MFU 41% · 0 s left" in screen.getvalue()
+    assert "step 20/20 · loss 3.1234 · accuracy 45% · 12,346 pairs/s · MFU 41% · 0 s left" in screen.getvalue()

@@ -1,7 +1,7 @@
 """OpenAI's ViT-B/16 with its image tower locked (LiT, arXiv 2111.07991): the text tower learns to read captions of
 another kind, or in another style, and image features that were computed before stay valid.
 
-    python train.py --config=configs/lit_vit_b16.py --workdir=runs/lit --config.data.train=wds:FOLDER_OF_TARS
+    python train.py --config=configs/finetune_lit_vit_b16.py --workdir=runs/lit --config.data.train=wds:FOLDER_OF_TARS
 
 The text tower goes on from its own weights. The locked tower has no backward pass and no optimiser state, so a large
 batch fits; what is exported has its tensors bit for bit.
