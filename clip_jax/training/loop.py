@@ -2,7 +2,7 @@
 
 import os
 import socket
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import joblib
@@ -66,12 +66,7 @@ def train(
         folder.claim(config, arch, tokenizer, variant=program.variant, resize_kernel=kernel)
     with Checkpoints(folder.checkpoints, keep=_keep(config)) as checkpoints:
         latest, damaged = checkpoints.last_whole()
-        start, unlogged, records = latest or 0, {}, len(source)
-        if start:
-            position = checkpoints.position(start)
-            unlogged, records = position.pop("unlogged", {}), position.pop("records", records)
-            if _has_changed(position, _position(config, source, start), config):
-                unlogged.pop("bad_window", None)  # what could not be read of the former data
+        start, unlogged, records = _left(checkpoints, latest, source, config)
         program, length = _as_begun(program, devices, records=records, start=start)
         last_step = program.steps.total
         state = checkpoints.restore(start, program.state) if start else _first_state(program, weights)
@@ -127,6 +122,29 @@ def _first_state(program: Program, weights: Bundle | None) -> TrainState:
 
 def _keep(config: Config) -> Keep:
     return Keep(config.keep_checkpoints, config.keep_every, config.keep_best)
+
+
+class _Left(NamedTuple):
+    """Where a run was left, or where it begins."""
+
+    step: int
+    unlogged: dict[str, Any]  # what was noted and not yet logged
+    records: int  # of the data with which it was begun: epochs go by them
+
+
+def _left(checkpoints: Checkpoints, step: int | None, source: Source, config: Config) -> _Left:
+    """Returns what a step's checkpoint says of the run; None: there is none.
+
+    Raises:
+        UserError: it cannot be read, or the data is not what the run was reading, and that is not meant.
+    """
+    if step is None:
+        return _Left(0, {}, len(source))
+    position = checkpoints.position(step)
+    unlogged, records = position.pop("unlogged", {}), position.pop("records", len(source))
+    if _has_changed(position, _position(config, source, step), config):
+        unlogged.pop("bad_window", None)  # what could not be read of the former data
+    return _Left(step, unlogged, records)
 
 
 def _has_changed(saved: dict[str, Any], current: dict[str, Any], config: Config) -> bool:
