@@ -38,6 +38,11 @@ class Compute:
     rows: NamedSharding | None = None  # where a batch's rows are to stay between blocks; None: the compiler's choice
     lora: Lora | None = None  # adapters in all blocks of both towers; only a ViT's image tower has any
 
+    @property
+    def wide(self) -> jnp.dtype:
+        """Returns the dtype of parameters and of pixels before the towers: float32, or wider when these compute so."""
+        return jax.dtypes.canonicalize_dtype(jnp.promote_types(self.dtype, jnp.float32))
+
 
 class Block(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)), of a sequence that may come in pieces."""
