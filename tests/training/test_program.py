@@ -56,7 +56,9 @@ def test_float64_is_refused_where_jax_would_make_float32_of_it_and_is_float64_th
         assemble(config)
     with jax.enable_x64(True):
         state, metrics = jax.eval_shape((made := assemble(config)).train_step, made.state, made.batch)
-    floats = {x.dtype.name for x in jax.tree.leaves((state, metrics)) if jax.numpy.issubdtype(x.dtype, jax.numpy.floating)}
+    floats = {
+        x.dtype.name for x in jax.tree.leaves((state, metrics)) if jax.numpy.issubdtype(x.dtype, jax.numpy.floating)
+    }
     assert floats == {"float64"}
 
 
