@@ -31,11 +31,10 @@ from beside_open_clip import (  # noqa: E402
     BARS,
     PRECISIONS,
     STEPS,
-    Noise,
     Trained,
     apart,
+    ends_by_rounding,
     in_another_order,
-    noise,
     ours,
     start,
     theirs,
@@ -90,9 +89,9 @@ def table(results: Results) -> rich.table.Table:
             shown.add_row(*_row(f"{tower}, {dtype}: ours, OpenCLIP's", results, (tower, dtype, "ours"), "theirs"))
         for who in ORDERS:
             shown.add_row(*_row(f"{tower}, float32: ours, rows in {who}", results, (tower, "float32", "ours"), who))
-        by_rounding = _noise(results, tower)
-        ends = f"± {by_rounding.final_loss:.2g}", f"± {100 * by_rounding.accuracy:.2f}"
-        shown.add_row(f"{tower}, float32: noise", "", "", *ends, end_section=True)
+        loss, accuracy = ends_by_rounding([results[tower, "float32", who] for who in ("ours", *ORDERS)])
+        ends = f"{loss.middle:.5f} ± {loss.margin:.1g}", f"{100 * accuracy.middle:.2f} ± {100 * accuracy.margin:.2f}"
+        shown.add_row(f"{tower}, float32: one more of ours, by 95 %", "", "", *ends, end_section=True)
     return shown
 
 
@@ -103,11 +102,6 @@ def _row(name: str, results: Results, key: tuple[str, str, str], beside: str) ->
     first = "" if bar is None else f"{losses[: bar.steps].max():.1e} in {bar.steps} (bar {bar.loss:.0e})"
     ends = (f"{one.final_loss:.5f}, {other.final_loss:.5f}", f"{100 * one.accuracy:.2f}, {100 * other.accuracy:.2f}")
     return [name, first, f"{losses.max():.1e}", *ends]
-
-
-def _noise(results: Results, tower: str) -> Noise:
-    """Returns how far our trainings in float32 are apart that differ by the order of rows only."""
-    return noise([results[tower, "float32", who] for who in ("ours", *ORDERS)])
 
 
 def draw(results: Results, path: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import scipy.stats
 from open_clip_models import as_images, one_thread
 from oracles import open_clip, require, torchvision
 
@@ -82,11 +83,14 @@ class Trained(NamedTuple):
         return float(self.losses[-LAST:].mean())
 
 
-class Noise(NamedTuple):
-    """How far the ends of trainings are apart that differ by rounding only."""
+class Interval(NamedTuple):
+    """Values from `middle - margin` to `middle + margin`."""
 
-    final_loss: float
-    accuracy: float
+    middle: float
+    margin: float
+
+    def has(self, value: float) -> bool:
+        return abs(value - self.middle) <= self.margin
 
 
 def apart(found: Trained, expected: Trained) -> np.ndarray:
@@ -94,10 +98,18 @@ def apart(found: Trained, expected: Trained) -> np.ndarray:
     return np.abs(found.losses - expected.losses) / expected.losses
 
 
-def noise(trainings: Sequence[Trained]) -> Noise:
-    """Returns the largest differences between trainings; that of accuracy is at least one image."""
-    losses, accuracies = ([getattr(x, name) for x in trainings] for name in ("final_loss", "accuracy"))
-    return Noise(max(losses) - min(losses), max(max(accuracies) - min(accuracies), 1 / TESTED))
+def noise(figures: Sequence[float], *, least: float = 0.0) -> Interval:
+    """Returns where the figure of one more training of the same kind lies with 95 %: a prediction interval by Student's
+    t, at least `least` to either side."""
+    n = len(figures)
+    margin = scipy.stats.t.ppf(0.975, n - 1) * np.std(figures, ddof=1) * (1 + 1 / n) ** 0.5
+    return Interval(float(np.mean(figures)), max(float(margin), least))
+
+
+def ends_by_rounding(trainings: Sequence[Trained]) -> tuple[Interval, Interval]:
+    """Returns where final loss and accuracy of one more training lie that differs from these by rounding only; of
+    accuracy one image is the least that can differ."""
+    return noise([x.final_loss for x in trainings]), noise([x.accuracy for x in trainings], least=1 / TESTED)
 
 
 def start(tower: str, folder: Path, data_dir: Path, *, steps: int = STEPS) -> Start:
@@ -147,7 +159,10 @@ def ours(begun: Start, dtype: str, batches: Iterable[Batch] | None = None) -> Tr
 def theirs(begun: Start, dtype: str, batches: Iterable[Batch] | None = None, *, own_warmup: bool = False) -> Trained:
     """Returns what OpenCLIP makes of the same. `own_warmup`: as it counts itself, a step ahead of ours."""
     torch, peer = require("torch"), open_clip()
-    training, scheduler = require("open_clip_train.train"), require("open_clip_train.scheduler")
+    training, scheduler = (
+        require("open_clip_train.train", package="open_clip_torch"),
+        require("open_clip_train.scheduler", package="open_clip_torch"),
+    )
     args, optim = _arguments(begun.config, PRECISIONS[dtype]), begun.config.optim
     model = peer.create_model(f"local-dir:{begun.config.init_from}", precision=args.precision, output_dict=True)
     model = model.double() if dtype == "float64" else model
@@ -180,10 +195,10 @@ def _arguments(config: Config, precision: str) -> Any:
         "eps": optim.eps,
         "wd": optim.weight_decay,
     }
-    args = require("open_clip_train.params").parse_args(
+    args = require("open_clip_train.params", package="open_clip_torch").parse_args(
         [word for name, x in said.items() for word in (f"--{name}", f"{x}")]
     )
-    require("open_clip_train.distributed").init_distributed_device(args)
+    require("open_clip_train.distributed", package="open_clip_torch").init_distributed_device(args)
     args.distill = args.wandb = False  # its script adds these
     return args
 

@@ -15,8 +15,8 @@ from beside_open_clip import (
     Start,
     Trained,
     apart,
+    ends_by_rounding,
     in_another_order,
-    noise,
     ours,
     start,
     theirs,
@@ -79,7 +79,7 @@ def test_every_loss_is_open_clips(tower, dtype, both):
     bar = BARS[tower, dtype]
     assert len(found.losses) == len(expected.losses) == STEPS
     assert apart(found, expected)[: bar.steps].max() <= bar.loss
-    assert expected.losses[-1] < 0.7 * expected.losses[0], "nothing was trained"
+    assert expected.final_loss < 0.6 * expected.losses[0], "nothing was trained"
 
 
 @pytest.mark.full
@@ -93,13 +93,14 @@ def test_weights_and_statistics_of_batch_norm_are_open_clips_in_float64_after_al
 
 @pytest.mark.full
 @TOWERS
-def test_the_final_loss_and_accuracy_in_float32_are_open_clips_within_what_the_order_of_rows_changes(
+def test_final_loss_and_accuracy_in_float32_are_open_clips_within_what_the_order_of_rows_changes(
     tower, both, reordered
 ):
     found, expected = both(tower, "float32")
-    by_rounding = noise([found, *reordered(tower)])
-    assert abs(found.final_loss - expected.final_loss) <= by_rounding.final_loss
-    assert abs(found.accuracy - expected.accuracy) <= by_rounding.accuracy
+    loss, accuracy = ends_by_rounding([found, *reordered(tower)])
+    assert loss.has(expected.final_loss), (loss, expected.final_loss)
+    assert accuracy.has(expected.accuracy), (accuracy, expected.accuracy)
+    assert loss.margin < 0.02 * loss.middle, "so wide an interval has everything"
 
 
 @pytest.mark.full
