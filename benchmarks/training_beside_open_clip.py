@@ -133,25 +133,34 @@ def _draw_losses(axes: Axes, results: Results, tower: str, dtype: str) -> None:
 
 
 def _draw_differences(axes: Axes, results: Results, tower: str) -> None:
-    """Draws |ours − theirs| / theirs of each step's loss; the same of ours with the rows of batches in another order,
-    which is rounding alone; and the bars."""
+    """Draws how far losses have been apart so far, relative to theirs; the same of ours with the rows of batches in
+    another order, which is rounding alone; and the bars."""
     for dtype in PRECISIONS:
-        axes.plot(_apart(results, tower, dtype, "theirs"), color=COLORS[dtype], linewidth=1.2, label=dtype)
+        axes.plot(_apart(results, tower, dtype, "theirs"), color=COLORS[dtype], linewidth=1.8, label=dtype)
         if (bar := BARS.get((tower, dtype))) is not None:
-            axes.plot([0, bar.steps], [bar.loss] * 2, color=COLORS[dtype], linewidth=3, solid_capstyle="butt")
-            axes.text(bar.steps + 2, bar.loss, f"bar: {bar.loss:.0e}", color=COLORS[dtype], va="center", fontsize=9)
-    label = "float32, ours with the rows of batches in another order"
-    axes.plot(_apart(results, tower, "float32", next(iter(ORDERS))), ":", color="grey", linewidth=1.2, label=label)
+            axes.plot([0, bar.steps], [bar.loss] * 2, color=COLORS[dtype], linewidth=4, alpha=0.6)
+            power = round(np.log10(bar.loss))
+            axes.text(0, 2 * bar.loss, f"bar: $10^{{{power}}}$", color=COLORS[dtype], va="bottom", fontsize=10)
+    rounding = _apart(results, tower, "float32", next(iter(ORDERS)))
+    axes.plot(
+        rounding,
+        ":",
+        color="black",
+        linewidth=1.4,
+        label="float32, clip_jax beside itself\nwith batches' rows reordered",
+    )
     axes.set_yscale("log")
-    axes.set_ylim(1e-17, 30)
-    axes.set_title(f"{tower}: difference of losses, relative")
-    axes.legend(loc="lower right", fontsize=9, ncols=2)
+    axes.set_ylim(1e-17, 10)
+    axes.set_title(f"{tower}: relative difference of losses, the largest so far")
+    if tower == next(iter(ARCHITECTURES)):
+        axes.legend(loc="center right", bbox_to_anchor=(1, 0.34), fontsize=10)
     axes.grid(alpha=0.25)
 
 
 def _apart(results: Results, tower: str, dtype: str, beside: str) -> np.ndarray:
-    """Returns differences for a logarithmic axis: equal losses are as far apart as float64 can tell."""
-    return np.maximum(apart(results[tower, dtype, "ours"], results[tower, dtype, beside]), 1e-16)
+    """Returns the largest difference up to each step, for a logarithmic axis: none is as small as float64 can tell."""
+    losses = apart(results[tower, dtype, "ours"], results[tower, dtype, beside])
+    return np.maximum(np.maximum.accumulate(losses), 1e-16)
 
 
 if __name__ == "__main__":

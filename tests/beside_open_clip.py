@@ -8,6 +8,7 @@ the end of the warm-up on the two are one.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -67,7 +68,7 @@ class Start(NamedTuple):
     architecture: Architecture
     config: Config  # its `init_from` is a folder in OpenCLIP's format
     batches: list[Batch]  # of all steps, on the host
-    test: Source
+    test: Source | None  # what is held out; None: nothing is measured by it
 
 
 class Trained(NamedTuple):
@@ -75,7 +76,7 @@ class Trained(NamedTuple):
 
     losses: np.ndarray  # float64 [steps], before each update
     rates: np.ndarray  # float64 [steps], the learning rate of each update
-    accuracy: float  # zero-shot top-1 on the scans that were held out, a share
+    accuracy: float  # zero-shot top-1 on the scans that were held out, a share; NaN: not measured
     weights: dict[str, np.ndarray]  # parameters and statistics, by our paths
 
     @property
@@ -259,8 +260,8 @@ class _Encoder:
             return encode(x).float().numpy()
 
 
-def _accuracy(model: Any, test: Source) -> float:
-    return TASKS["zeroshot_classification"](model, test, shows=False).metrics["acc1"]
+def _accuracy(model: Any, test: Source | None) -> float:
+    return math.nan if test is None else TASKS["zeroshot_classification"](model, test, shows=False).metrics["acc1"]
 
 
 def _by_our_paths(model: Any, arch: Architecture) -> dict[str, np.ndarray]:
