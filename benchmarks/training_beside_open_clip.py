@@ -140,7 +140,7 @@ def _draw_differences(axes: Axes, results: Results, tower: str) -> None:
         if (bar := BARS.get((tower, dtype))) is not None:
             axes.plot([0, bar.steps], [bar.loss] * 2, color=COLORS[dtype], linewidth=4, alpha=0.6)
             power = round(np.log10(bar.loss))
-            axes.text(0, 2 * bar.loss, f"bar: $10^{{{power}}}$", color=COLORS[dtype], va="bottom", fontsize=10)
+            axes.text(0, bar.loss / 2, f"bar: $10^{{{power}}}$", color=COLORS[dtype], va="top", fontsize=10)
     rounding = _apart(results, tower, "float32", next(iter(ORDERS)))
     axes.plot(
         rounding,

@@ -108,9 +108,14 @@ def noise(figures: Sequence[float], *, least: float = 0.0) -> Interval:
 
 
 def ends_by_rounding(trainings: Sequence[Trained]) -> tuple[Interval, Interval]:
-    """Returns where final loss and accuracy of one more training lie that differs from these by rounding only; of
-    accuracy one image is the least that can differ."""
-    return noise([x.final_loss for x in trainings]), noise([x.accuracy for x in trainings], least=1 / TESTED)
+    """Returns where final loss and accuracy of one more training lie that differs from these by rounding only.
+
+    At least to either side: of the loss one unit in the last place of float32 a step, for the order of rows changes only
+    some of the sums; of the accuracy one image.
+    """
+    losses = [x.final_loss for x in trainings]
+    least = STEPS * np.finfo(np.float32).eps * max(losses)
+    return noise(losses, least=least), noise([x.accuracy for x in trainings], least=1 / TESTED)
 
 
 def start(tower: str, folder: Path, data_dir: Path, *, steps: int = STEPS) -> Start:
