@@ -4,6 +4,7 @@
 # make test-latest  all that needs no PyTorch, on the newest JAX (needs a Python of 3.12 or later)
 # make benchmark    beside OpenAI's own code, the memory of conversions, the loss in both forms, saves (a few minutes)
 # make benchmark-data  the data path beside OpenCLIP's loader, and what indexes and long runs cost (15 minutes)
+# make benchmark-training  training beside OpenCLIP's own loop, 200 steps in three precisions (10 minutes)
 # make plans        what the shipped configs take on their TPU slices, into docs/scaling.md (minutes a config)
 # make lint         ruff
 # make clean        removes what these have set up, and leaves your runs
@@ -30,7 +31,7 @@ ORACLES := "torch==2.13.0" "setuptools<81" regex tqdm packaging "transformers==5
   "img2dataset==1.47.0"
 ORACLES_NO_DEPS := "torchvision==0.28.0" clip-anytorch "open_clip_torch==3.3.0" "timm==1.0.31"
 
-.PHONY: quickstart test test-full test-latest benchmark benchmark-data plans lint clean
+.PHONY: quickstart test test-full test-latest benchmark benchmark-data benchmark-training plans lint clean
 
 quickstart: $(VENV)/.ready
 	$(VENV)/bin/python train.py --config=configs/quickstart.py --workdir=$(WORKDIR)
@@ -59,6 +60,9 @@ benchmark: $(VENV_TEST)/.ready
 
 benchmark-data: $(VENV_TEST)/.ready
 	$(VENV_TEST)/bin/python benchmarks/input_pipeline.py
+
+benchmark-training: $(VENV_TEST)/.ready
+	$(VENV_TEST)/bin/python benchmarks/training_beside_open_clip.py --picture=docs/training_beside_open_clip.png
 
 plans: $(VENV_TEST)/.ready
 	$(VENV_TEST)/bin/python -m clip_jax.planning.table --page=docs/scaling.md

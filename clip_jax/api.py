@@ -13,7 +13,6 @@ from PIL import Image
 from clip_jax import compiled
 from clip_jax.architecture import Architecture
 from clip_jax.compiled import Placed
-from clip_jax.config import COMPUTE_DTYPES
 from clip_jax.data.transforms import evaluation_crop
 from clip_jax.errors import UserError
 from clip_jax.files import AnyPath
@@ -26,6 +25,7 @@ from clip_jax.tokenizer import make
 from clip_jax.typing import Float, Int
 from clip_jax.weights.download import RELEASES
 
+DTYPES = ("float32", "bfloat16")  # that a model computes in
 LEAST_LOGITS = 128  # rows and columns that logits are compiled for; then the powers of two above
 
 
@@ -213,8 +213,8 @@ def load(
     Raises:
         UserError: nothing of that name, damaged, or not what was asked (lists what differs).
     """
-    if dtype not in COMPUTE_DTYPES:
-        raise UserError(f"{dtype=} is not one of {', '.join(COMPUTE_DTYPES)}")
+    if dtype not in DTYPES:
+        raise UserError(f"{dtype=} is not one of {', '.join(DTYPES)}")
     device = _device(device)
     asked = Asked(variant, activation, image_size, context_length)
     bundle = read(source, asked, dtype=np.float32, download_root=download_root)

@@ -19,7 +19,7 @@ from clip_jax import durations
 from clip_jax.architecture import Lora
 from clip_jax.errors import UserError, nearest
 
-COMPUTE_DTYPES = ("float32", "bfloat16")
+COMPUTE_DTYPES = ("float32", "bfloat16", "float64")
 REMAT_POLICIES = ("none", "full", "dots", "attention")
 ATTENTION = ("auto", "xla", "cudnn")
 MAX_IMAGE_PIXELS = 89_478_485
@@ -62,7 +62,8 @@ class ModelConfig(Checked):
     image_size: int | None = None  # None: the variant's own; init_from's position embeddings are resized
     context_length: int | None = None  # None: the variant's own
     tokenizer: str | None = None  # a tokenizer.json, for a variant whose tokenizer is in a file; the run keeps a copy
-    compute_dtype: str = "float32"  # parameters are float32 whatever this says
+    # Or bfloat16; parameters are float32 all the same. float64 is for proofs, and they are, too: JAX_ENABLE_X64=true.
+    compute_dtype: str = "float32"
     # What the backward pass computes again: nothing (none), all but products with weights (dots), all but attention's
     # results and the norms' statistics (attention), all (full).
     remat: str = "none"

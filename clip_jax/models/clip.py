@@ -104,9 +104,11 @@ class Definition:
         return dataclasses.replace(self, compute=dataclasses.replace(self.compute, **changes))
 
     def init(self, key: jax.Array) -> Weights:
-        """Returns weights as OpenAI initialises them."""
+        """Returns weights as OpenAI initialises them, drawn in float32; as wide as what they are to compute."""
         model = self._build(key)
-        return Weights(nnx.to_pure_dict(nnx.state(model, nnx.Param)), model.statistics())
+        weights = Weights(nnx.to_pure_dict(nnx.state(model, nnx.Param)), model.statistics())
+        wide = self.compute.wide
+        return jax.tree.map(lambda x: x.astype(wide) if jnp.issubdtype(x.dtype, jnp.floating) else x, weights)
 
     def shapes(self) -> Weights:
         """Returns the weights' shapes and dtypes, computing nothing."""
@@ -127,9 +129,11 @@ def l2_normalise(x_BE: Float[Array, "B E"]) -> Float[jax.Array, "B E"]:
     return x_BE / jnp.linalg.norm(x_BE, axis=-1, keepdims=True)
 
 
-def normalise_pixels(image_BHWC: UInt8[Array, "B H W C"], preprocess: Preprocess) -> Float[Array, "B H W C"]:
-    """Returns float32 pixels with the mean and deviation that the tower expects; NumPy in, NumPy out."""
-    return (image_BHWC.astype(np.float32) / 255 - np.float32(preprocess.mean)) / np.float32(preprocess.std)
+def normalise_pixels(
+    image_BHWC: UInt8[Array, "B H W C"], preprocess: Preprocess, dtype: np.dtype | type = np.float32
+) -> Float[Array, "B H W C"]:
+    """Returns pixels in `dtype` with the mean and deviation that the tower expects; NumPy in, NumPy out."""
+    return (image_BHWC.astype(dtype) / 255 - np.asarray(preprocess.mean, dtype)) / np.asarray(preprocess.std, dtype)
 
 
 def constrain(params: Params) -> Params:

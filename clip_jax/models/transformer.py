@@ -40,6 +40,11 @@ class Compute:
     fixed_image: int = 0  # the first blocks of a ViT: they, and what comes before them, have no backward pass
     fixed_text: int = 0
 
+    @property
+    def wide(self) -> jnp.dtype:
+        """Returns the dtype of parameters and of pixels before the towers: float32, or wider when these compute so."""
+        return jax.dtypes.canonicalize_dtype(jnp.promote_types(self.dtype, jnp.float32))
+
 
 class Block(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)), of a sequence that may come in pieces."""

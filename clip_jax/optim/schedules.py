@@ -32,7 +32,7 @@ def schedule_of(config: OptimConfig, steps: Steps) -> optax.Schedule:
     line to 0. The first update of a run is its step 0, the last `total - 1`; from `total` on the rate is 0."""
 
     def schedule(step: jax.Array | int) -> jax.Array:
-        step = jnp.asarray(step, jnp.float32)  # exact to 16 million
+        step = jnp.asarray(step, float)  # float32, exact to 16 million; with JAX's 64 bits float64
         warm = jnp.where(step < steps.warmup, step / max(steps.warmup, 1), 1)
         cool = jnp.clip((steps.total - step) / max(steps.cooldown, 1), 0, 1)
         return config.learning_rate * warm * cool * CURVES[config.schedule](step, steps)

@@ -96,6 +96,11 @@ def assemble(
     asked = next(iter(mesh.local_devices), mesh.devices.flat[0])  # of its own, for cuDNN answers for no other
     implementation, note = attention_for(config.model, arch, asked)
     model = config.model
+    if model.compute_dtype == "float64" and not jax.config.jax_enable_x64:
+        raise UserError(
+            "model.compute_dtype='float64' would be float32 without a word: start with JAX_ENABLE_X64=true, or choose "
+            "'float32'"
+        )
     compute = Compute(model.compute_dtype, model.remat, implementation, model.patch_dropout, lora=model.lora)
     definition = Definition(arch, compute)
     optimizer = optim.make(config.optim, definition.shapes().params, steps)

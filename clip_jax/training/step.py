@@ -26,7 +26,7 @@ def make_encode(definition: Definition, dropout: jax.Array | None = None, *, ima
 
     def encode(weights: Weights, batch: Batch, rows_B: jax.Array, placed: NamedSharding) -> tuple[Embeddings, Params]:
         model = definition.computed(rows=placed).bind(weights)
-        pixels = normalise_pixels(batch.image, definition.architecture.preprocess)
+        pixels = normalise_pixels(batch.image, definition.architecture.preprocess, definition.compute.wide)
         keys_B = None if dropout is None else jax.vmap(jax.random.fold_in, (None, 0))(dropout, rows_B)
         img_BE = l2_normalise(model.encode_image(pixels, train=not image_is_fixed, dropout_B=keys_B))
         txt_BE = l2_normalise(model.encode_text(batch.tokens))

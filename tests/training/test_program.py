@@ -50,6 +50,18 @@ def test_cudnn_is_asked_only_about_what_it_may_take():
     assert reason, "there is no cuDNN on a CPU, and it says so"
 
 
+def test_float64_is_refused_where_jax_would_make_float32_of_it_and_is_float64_throughout_where_not():
+    config = Config(model=ModelConfig(SMALL, compute_dtype="float64"), data=DataConfig(global_batch=64))
+    with pytest.raises(UserError, match=r"compute_dtype='float64' would be float32 .* JAX_ENABLE_X64=true"):
+        assemble(config)
+    with jax.enable_x64(True):
+        state, metrics = jax.eval_shape((made := assemble(config)).train_step, made.state, made.batch)
+    floats = {
+        x.dtype.name for x in jax.tree.leaves((state, metrics)) if jax.numpy.issubdtype(x.dtype, jax.numpy.floating)
+    }
+    assert floats == {"float64"}
+
+
 def test_what_was_decided_is_said_a_line_each():
     config = Config(
         model=ModelConfig(SMALL, logit_bias=True),

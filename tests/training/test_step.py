@@ -96,9 +96,9 @@ def test_an_update_that_is_not_finite_leaves_everything_but_the_step_and_the_nex
     abstract = abstract_state(definition, optimizer, sharding.make_mesh(MeshConfig(), jax.devices()[:1]))
     state = initial_state(definition, optimizer, abstract, seed=0)
 
-    def planted(pixels: jax.Array, preprocess) -> jax.Array:
+    def planted(pixels: jax.Array, *how) -> jax.Array:
         marked_B = (pixels == 255).all((1, 2, 3))
-        return jnp.where(marked_B[:, None, None, None], jnp.nan, normalise_pixels(pixels, preprocess))
+        return jnp.where(marked_B[:, None, None, None], jnp.nan, normalise_pixels(pixels, *how))
 
     monkeypatch.setattr(training_step, "normalise_pixels", planted)
     step = make_train_step(definition, optimizer, abstract)
