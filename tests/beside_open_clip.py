@@ -3,8 +3,6 @@
 Ours is a run's own program: weights in OpenCLIP's format are what it starts from, its pipeline reads the scans of the
 quickstart. Theirs is `open_clip.create_model`, `create_loss`, `cosine_lr` and `train_one_epoch` as they are. Two things
 of its script cannot be called, and are built here as there: which parameters decay, and AdamW with two groups of them.
-In the warm-up their scheduler is told the step before: OpenCLIP's first update has a rate of 1/warmup, ours of 0; from
-the end of the warm-up on the two are one.
 """
 
 import dataclasses
@@ -162,8 +160,8 @@ def ours(begun: Start, dtype: str, batches: Iterable[Batch] | None = None) -> Tr
 
 
 @one_thread()
-def theirs(begun: Start, dtype: str, batches: Iterable[Batch] | None = None, *, own_warmup: bool = False) -> Trained:
-    """Returns what OpenCLIP makes of the same. `own_warmup`: as it counts itself, a step ahead of ours."""
+def theirs(begun: Start, dtype: str, batches: Iterable[Batch] | None = None) -> Trained:
+    """Returns what OpenCLIP makes of the same."""
     torch, peer = require("torch"), open_clip()
     training, scheduler = (
         require("open_clip_train.train", package="open_clip_torch"),
@@ -180,7 +178,7 @@ def theirs(begun: Start, dtype: str, batches: Iterable[Batch] | None = None, *, 
     data = _Loader(begun.batches if batches is None else batches, model, torch.float64 if dtype == "float64" else None)
 
     def schedule(step: int) -> None:
-        rates.append(adjust(step if own_warmup or step >= warmup else step - 1))
+        rates.append(adjust(step))
 
     training.train_one_epoch(model, {"train": data}, criterion, 0, optimizer, None, schedule, None, args)
     encoder = _Encoder(model.eval(), begun.architecture, training.get_autocast(args.precision, device_type="cpu"))

@@ -28,12 +28,13 @@ CURVES = {"cosine": _cosine, "linear": _linear, "rsqrt": _rsqrt, "constant": _co
 
 
 def schedule_of(config: OptimConfig, steps: Steps) -> optax.Schedule:
-    """Returns the learning rate by step: in a line from 0 over the warm-up, then the curve, over the cool-down times a
-    line to 0. The first update of a run is its step 0, the last `total - 1`; from `total` on the rate is 0."""
+    """Returns the learning rate by step: in a line over the warm-up, whose first step has a rate of 1/warm-up, not 0, as
+    in OpenCLIP; then the curve; over the cool-down times a line to 0. The first update of a run is its step 0, the last
+    `total - 1`; from `total` on the rate is 0."""
 
     def schedule(step: jax.Array | int) -> jax.Array:
         step = jnp.asarray(step, float)  # float32, exact to 16 million; with JAX's 64 bits float64
-        warm = jnp.where(step < steps.warmup, step / max(steps.warmup, 1), 1)
+        warm = jnp.minimum((step + 1) / max(steps.warmup, 1), 1)
         cool = jnp.clip((steps.total - step) / max(steps.cooldown, 1), 0, 1)
         return config.learning_rate * warm * cool * CURVES[config.schedule](step, steps)
 

@@ -26,7 +26,7 @@ from beside_open_clip import (
 from clip_jax.config import OptimConfig, Steps
 from clip_jax.optim.schedules import schedule_of
 
-FEW = 15  # steps of the test that always runs
+FEW = 6  # steps of the test that always runs
 TOWERS = pytest.mark.parametrize("tower", ARCHITECTURES)
 
 
@@ -79,7 +79,7 @@ def test_the_first_steps_of_a_vit_have_open_clips_losses_rates_and_weights_in_fl
     assert len(found.losses) == FEW
     assert apart(found, expected).max() <= BARS["ViT", "float64"].loss
     assert_same_weights(found.weights, expected.weights, 1e-6)
-    assert expected.losses[-1] < 0.97 * expected.losses[0], "nothing was trained"
+    assert expected.losses[-1] < 0.99 * expected.losses[0], "nothing was trained"
 
 
 @pytest.mark.full
@@ -122,10 +122,9 @@ def test_accuracy_in_bfloat16_is_open_clips_within_a_point(tower, both):
     assert expected.accuracy > 0.8, "nothing was learnt"
 
 
-def test_rates_are_open_clips_but_a_step_behind_in_the_warmup():
+def test_rates_are_open_clips_at_every_step():
     cosine = pytest.importorskip("open_clip_train.scheduler").cosine_lr
     rate = schedule_of(OptimConfig(learning_rate=2e-3), Steps(100, 10))
     adjust = cosine(SimpleNamespace(param_groups=[{}]), 2e-3, 10, 100)
-    found = [float(rate(step)) for step in range(100)]
-    expected = [adjust(step) for step in range(100)]
-    np.testing.assert_allclose(found, [0, *expected[:9], *expected[10:]], rtol=1e-5, atol=1e-9)
+    found, expected = ([float(f(step)) for step in range(100)] for f in (rate, adjust))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-9)
