@@ -239,7 +239,8 @@ def uninterrupted(data_dir, tmp_path_factory) -> Path:
 
 def ended(process: subprocess.Popen) -> tuple[int, str]:
     ((code, _, errors),) = finish([process])
-    assert "Traceback" not in errors, errors
+    # TensorStore prints what becomes of other writes, when one has failed.
+    assert errors.count("Traceback") == errors.count("RuntimeError: Event loop is closed"), errors
     return code, errors
 
 
@@ -283,9 +284,9 @@ def test_a_run_in_a_bucket_that_is_told_to_end_saves(uninterrupted, buckets, dat
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(("what", "words"), [("/o", "metrics.jsonl cannot be written"), ("optimizer", "checkpoint of")])
+@pytest.mark.parametrize("what", ["/o", "optimizer"])  # all that is written; a checkpoint's arrays
 def test_a_bucket_that_refuses_in_the_middle_of_a_run_ends_it_in_one_line(
-    what, words, uninterrupted, buckets, refusing, data_dir
+    what, uninterrupted, buckets, refusing, data_dir
 ):
     workdir = place(f"gs://bucket/refused/{len(what)}")
     process = run(workdir, data_dir, FIELDS)
@@ -293,7 +294,7 @@ def test_a_bucket_that_refuses_in_the_middle_of_a_run_ends_it_in_one_line(
     refusing(lambda method, path: method == "POST" and what in path)
     code, errors = ended(process)
     said = errors.strip().splitlines()[-1]
-    assert (code, said.startswith("error: "), words in said) == (2, True, True), errors
+    assert (code, said.startswith("error: "), "cannot be written" in said) == (2, True, True), errors
     refusing(lambda method, path: False)
     code, errors = ended(run(workdir, data_dir, FIELDS))
     assert (code, "resumed at step" in errors) == (0, True), errors
@@ -320,7 +321,7 @@ def test_the_scripts_read_a_run_in_a_bucket_and_start_others_from_it(another, bu
     converted, expected = pretrained.read(tmp_path / "model"), pretrained.read(on_a_disk)
     for path, array in expected.arrays.items():
         np.testing.assert_array_equal(converted.arrays[path], array, err_msg=path)
-    fields = {"init_from": another, "duration": 2, "model.variant": "none"}
+    fields = {"init_from": another, "duration": 4, "model.variant": "none"}
     code, errors = ended(run(place("gs://bucket/from"), data_dir, fields))
     assert (code, f"weights: from {another}" in errors) == (0, True), errors
     code, errors = ended(run(place("gs://none/run"), data_dir, FIELDS))
