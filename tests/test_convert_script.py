@@ -13,6 +13,7 @@ from oracles import openai_clip, require
 
 import clip_jax
 from clip_jax.architecture import Architecture, ResNetTower, TextTower, ViTTower
+from clip_jax.errors import UserError
 from clip_jax.models.clip import Definition
 from clip_jax.weights import openai, parity
 from clip_jax.weights.bundle import Bundle
@@ -153,3 +154,13 @@ def test_the_check_without_pytorch_says_how_to_install_it(monkeypatch, source, t
 
 def test_weights_that_are_not_finite_do_not_pass(source):
     assert not parity.Row("image features", float("nan"), float("nan")).holds
+
+
+@pytest.mark.parametrize("peer", ["open_clip", "huggingface"])
+def test_a_broken_package_that_the_check_needs_is_told_and_not_found_out_in_the_middle(peer, monkeypatch):
+    def broken(name: str):
+        raise RuntimeError("operator torchvision::nms does not exist")
+
+    monkeypatch.setattr(parity.importlib, "import_module", broken)
+    with pytest.raises(UserError, match=r"the check needs .* \(operator torchvision::nms does not exist\): pip install"):
+        parity.PEERS[peer].load_packages()

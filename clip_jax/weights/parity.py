@@ -27,6 +27,7 @@ from clip_jax.weights.mapping import unflatten
 
 BAR = 1e-5  # of ‖a − b‖∞ / ‖b‖∞, in float32
 PAIRS = 4
+HF_MODELS = ("clip", "siglip")  # modules of transformers
 RESNET_STAGES = ("layer1", "layer2", "layer3", "layer4")
 
 Outputs = dict[str, jax.Array | np.ndarray]  # what a model computes, in order
@@ -260,7 +261,8 @@ PEERS = {
     "huggingface": Peer(
         "transformers",
         "torch transformers",
-        lambda: _import("transformers", PEERS["huggingface"]),
+        # The models' own modules: the package itself is always to be had, and finds out later what they lack.
+        lambda: [_import(f"transformers.models.{kind}.modeling_{kind}", PEERS["huggingface"]) for kind in HF_MODELS],
         _load_huggingface,
         _huggingface_blocks,
         _run_huggingface,
