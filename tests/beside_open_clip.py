@@ -108,8 +108,8 @@ def noise(figures: Sequence[float], *, least: float = 0.0) -> Interval:
 def ends_by_rounding(trainings: Sequence[Trained]) -> tuple[Interval, Interval]:
     """Returns where final loss and accuracy of one more training lie that differs from these by rounding only.
 
-    At least to either side: of the loss one unit in the last place of float32 a step, for the order of rows changes only
-    some of the sums; of the accuracy one image.
+    At least to either side: of the loss one unit in the last place of float32 a step, for the order of rows changes
+    some of the sums only; of the accuracy one image.
     """
     losses = [x.final_loss for x in trainings]
     least = STEPS * np.finfo(np.float32).eps * max(losses)

@@ -162,5 +162,7 @@ def test_a_broken_package_that_the_check_needs_is_told_and_not_found_out_in_the_
         raise RuntimeError("operator torchvision::nms does not exist")
 
     monkeypatch.setattr(parity.importlib, "import_module", broken)
-    with pytest.raises(UserError, match=r"the check needs .* \(operator torchvision::nms does not exist\): pip install"):
+    with pytest.raises(
+        UserError, match=r"the check needs .* \(operator torchvision::nms does not exist\): pip install"
+    ):
         parity.PEERS[peer].load_packages()

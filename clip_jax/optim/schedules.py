@@ -28,9 +28,9 @@ CURVES = {"cosine": _cosine, "linear": _linear, "rsqrt": _rsqrt, "constant": _co
 
 
 def schedule_of(config: OptimConfig, steps: Steps) -> optax.Schedule:
-    """Returns the learning rate by step: in a line over the warm-up, whose first step has a rate of 1/warm-up, not 0, as
-    in OpenCLIP; then the curve; over the cool-down times a line to 0. The first update of a run is its step 0, the last
-    `total - 1`; from `total` on the rate is 0."""
+    """Returns the learning rate by step: in a line over the warm-up, as in OpenCLIP with 1/warm-up of it for the first
+    update, not 0; then the curve, over the cool-down times a line to 0. The first update of a run is its step 0, the
+    last `total - 1`; from `total` on the rate is 0."""
 
     def schedule(step: jax.Array | int) -> jax.Array:
         step = jnp.asarray(step, float)  # float32, exact to 16 million; with JAX's 64 bits float64

@@ -31,7 +31,9 @@ CURVES = {
 )
 def test_the_rate_is_a_line_then_the_curve(schedule, warmup):
     found = rates(schedule, Steps(TOTAL, warmup))
-    expected = [2e-3 * ((step + 1) / warmup if step < warmup else CURVES[schedule](step, warmup)) for step in range(TOTAL)]
+    expected = [
+        2e-3 * ((step + 1) / warmup if step < warmup else CURVES[schedule](step, warmup)) for step in range(TOTAL)
+    ]
     np.testing.assert_allclose(found[:-1], expected, rtol=1e-5, atol=1e-9)  # of a cosine near its end
     assert found[warmup] == np.float32(2e-3)
     assert found[0] == pytest.approx(2e-3 / max(warmup, 1))
