@@ -89,7 +89,8 @@ def table(results: Results) -> rich.table.Table:
             shown.add_row(*_row(f"{tower}, {dtype}: ours, OpenCLIP's", results, (tower, dtype, "ours"), "theirs"))
         for who in ORDERS:
             shown.add_row(*_row(f"{tower}, float32: ours, rows in {who}", results, (tower, "float32", "ours"), who))
-        loss, accuracy = ends_by_rounding([results[tower, "float32", who] for who in ("ours", *ORDERS)])
+        by_rounding = [results[tower, "float32", who] for who in ("ours", *ORDERS)]
+        loss, accuracy = ends_by_rounding([*by_rounding, results[tower, "float64", "ours"]])
         ends = f"{loss.middle:.5f} ± {loss.margin:.1g}", f"{100 * accuracy.middle:.2f} ± {100 * accuracy.margin:.2f}"
         shown.add_row(f"{tower}, float32: one more of ours, by 95 %", "", "", *ends, end_section=True)
     return shown
