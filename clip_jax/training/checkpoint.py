@@ -10,6 +10,7 @@ import dataclasses
 import json
 import logging
 import math
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -35,6 +36,10 @@ _MEANT += ("did not provide metrics", "Missing metrics for step")  # of checkpoi
 logging.getLogger("absl").addFilter(lambda record: not any(words in record.getMessage() for words in _MEANT))
 # Nor its tracebacks, of errors that it raises, too, and we tell.
 logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
+
+# Nor TensorStore's, of the other writes of a save, when one has failed and nobody waits for them any more.
+_told = sys.unraisablehook
+sys.unraisablehook = lambda found: None if "Event loop is closed" in str(found.exc_value) else _told(found)
 
 # Devices that hold the same array write a slice each, and every slice is a program to compile: 14 s at the first save
 # of the smallest model on 8 devices. Where a slice would be smaller than this, in bytes, one of them writes it all.

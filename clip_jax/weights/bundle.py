@@ -153,7 +153,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     return content
 
 
-def check_resize_kernel(path: Path, found: Any) -> str:
+def check_resize_kernel(path: AnyPath, found: Any) -> str:
     """Returns the name of a kernel, which a config.json has.
 
     Raises:

@@ -100,8 +100,8 @@ def test_what_is_no_run_or_has_nothing_to_draw_is_named(workdir, tmp_path):
     (tmp_path / "empty" / "metrics.jsonl").unlink()
     with pytest.raises(UserError, match="has no metrics yet"):
         report([tmp_path / "empty"])
-    (tmp_path / "empty" / "metrics.jsonl").write_text("no JSON\n")
-    with pytest.raises(UserError, match=r"metrics\.jsonl cannot be read"):
+    (tmp_path / "empty" / "metrics.jsonl").write_text("no JSON\n{}\n")
+    with pytest.raises(UserError, match=r"metrics\.jsonl: line 1 is damaged"):
         report([tmp_path / "empty"])
     with pytest.raises(UserError, match="11 runs are more than can be told apart by colour; name 10 at most"):
         report([workdir] * 11)

@@ -10,7 +10,7 @@ from processes import finish
 
 import clip_jax
 
-FIELDS = {"duration": 160, "log_every": 5, "checkpoint_every": 20, "keep_checkpoints": 8}  # of 14 MB each
+FIELDS = {"duration": 160, "log_every": 5, "checkpoint_every": 20, "keep_checkpoints": 8}  # of 41 MB each
 
 Disk = Callable[[str], Path]
 
@@ -34,13 +34,12 @@ def disk(tmp_path) -> Iterator[Disk]:
 
 def ended(process: subprocess.Popen) -> tuple[int, str]:
     ((code, _, errors),) = finish([process])
-    # TensorStore prints what becomes of other writes, when one has failed.
-    assert errors.count("Traceback") == errors.count("RuntimeError: Event loop is closed"), errors
+    assert "Traceback" not in errors, errors
     return code, errors.strip().splitlines()[-1]
 
 
 def test_a_disk_that_fills_up_during_a_save_ends_the_run_and_with_more_room_it_goes_on(disk, data_dir):
-    workdir = disk("size=64m") / "run"
+    workdir = disk("size=144m") / "run"
     code, error = ended(run(workdir, data_dir, FIELDS))
     saved = sorted(int(path.name) for path in (workdir / "checkpoints").glob("*[0-9]"))
     assert code == 2
