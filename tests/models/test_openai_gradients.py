@@ -259,6 +259,7 @@ def test_a_step_on_8_devices_gives_the_loss_parameters_and_statistics_of_1(sizes
         assert not np.array_equal(x, flatten(found.weights)[path]), path
 
 
+@pytest.mark.full
 def test_neither_gradients_nor_weight_decay_reach_the_statistics(x64):
     before, after, _ = one_step((1, 1, 1))
     *_, statistics = differentiate(WIDE, before.weights, *inputs(RESNET))

@@ -93,6 +93,7 @@ def flip_a_bit(buckets: Buckets, file: Elsewhere) -> None:
     buckets.put("bucket", name, content)
 
 
+@pytest.mark.full
 def test_a_run_in_a_bucket_is_the_one_on_a_disk_bit_for_bit(on_a_disk, in_a_bucket):
     identical(in_a_bucket, on_a_disk)
     assert names(in_a_bucket) == names(on_a_disk)
@@ -129,6 +130,7 @@ def test_what_has_no_checksums_or_is_not_committed_does_not_count_and_is_cleaned
     assert {f"{start}/commit_success.txt", f"{start}/checksums.json"} <= objects.keys()
 
 
+@pytest.mark.full
 def test_checksums_are_there_before_a_checkpoint_counts(in_a_bucket, buckets):
     written = {name: found.generation for name, found in buckets.objects["bucket"].items()}
     for step in (4, 6):
@@ -218,9 +220,9 @@ def test_what_grows_in_a_bucket_is_there_when_it_is_flushed_and_sent_no_more_oft
         file.close()
 
 
-def test_weights_are_written_to_this_machine_alone(on_a_disk):
+def test_weights_are_written_to_this_machine_alone(workdir):
     with pytest.raises(UserError, match=r"'gs:/bucket/model' is not on this machine"):
-        pretrained.convert(on_a_disk, "clip_jax", Path("gs://bucket/model"))
+        pretrained.convert(workdir, "clip_jax", Path("gs://bucket/model"))
 
 
 # --- As users start it ----------------------------------------------------------------------------------------------

@@ -127,6 +127,7 @@ def test_parameters_are_created_in_their_places_and_are_the_same_on_any_mesh():
 # --- storage that gives back other bytes than it was given ---
 
 
+@pytest.mark.full
 def test_any_of_200_flipped_bits_is_found(saved, tmp_path):
     folder = shutil.copytree(saved[0], tmp_path / "copy") / "7"
     files = [path for path in folder.rglob("*") if path.is_file() and path.name not in checksums.OF_THE_COMMIT]

@@ -38,6 +38,7 @@ def ended(process: subprocess.Popen) -> tuple[int, str]:
     return code, errors.strip().splitlines()[-1]
 
 
+@pytest.mark.full
 def test_a_disk_that_fills_up_during_a_save_ends_the_run_and_with_more_room_it_goes_on(disk, data_dir):
     workdir = disk("size=144m") / "run"
     code, error = ended(run(workdir, data_dir, FIELDS))

@@ -42,9 +42,8 @@ def on_one_device(data_dir, tmp_path_factory) -> Path:
     return workdir
 
 
-@pytest.mark.parametrize(
-    "sizes", [(2, 2, 2), *[pytest.param(s, marks=pytest.mark.full) for s in ((8, 1, 1), (1, 8, 1))]]
-)
+@pytest.mark.full
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (8, 1, 1), (1, 8, 1)])
 def test_20_steps_on_8_devices_give_the_losses_of_one(sizes, on_one_device, data_dir, tmp_path):
     train(small_config(data_dir, mesh=MeshConfig(*sizes)), tmp_path)
     one, eight = losses(on_one_device), losses(tmp_path)

@@ -25,7 +25,8 @@ def uninterrupted(data_dir, tmp_path_factory) -> Path:
     return workdir
 
 
-@pytest.mark.parametrize("moment", [0, *[pytest.param(n, marks=pytest.mark.full) for n in range(1, 10)]])
+@pytest.mark.full
+@pytest.mark.parametrize("moment", range(10))
 def test_a_run_that_is_told_to_end_at_any_moment_saves_and_is_the_uninterrupted_run(
     moment, uninterrupted, data_dir, tmp_path
 ):

@@ -115,6 +115,7 @@ def test_a_run_of_which_a_process_died_goes_on_from_its_checkpoint_as_if_nothing
     assert [step for step, _ in losses(tmp_path)] == list(range(1, STEPS + 1))
 
 
+@pytest.mark.full
 def test_processes_with_other_configs_are_all_refused_and_nothing_is_written(data_dir, tmp_path):
     ends = finish(run(tmp_path / "run", data_dir, [], ["--config.seed=1"]))
     for code, _, said in ends:

@@ -115,6 +115,18 @@ def test_where_a_damaged_one_cannot_be_moved_the_run_is_refused_and_as_it_was(ru
     assert sorted(workdir.rglob("*")) == before
 
 
+def test_a_run_that_is_told_to_end_saves_and_when_it_goes_on_is_the_run_that_was_not(run, data_dir, tmp_path, capsys):
+    for preempted in (lambda step: step == 3, lambda step: False):
+        train(config(data_dir), tmp_path, devices=jax.devices()[:1], preempted=preempted)
+    said = capsys.readouterr().err
+    assert "SIGTERM: saved at step 3; the same command goes on from there" in said
+    assert "resumed at step 3" in said
+    (losses, weights), (expected_losses, expected_weights) = numbers(tmp_path), numbers(run)
+    assert losses == expected_losses
+    for path, x in expected_weights.items():
+        np.testing.assert_array_equal(weights[path], x, err_msg=path)
+
+
 def test_any_checkpoint_is_loaded_by_its_folder_and_one_that_is_not_there_is_told(run):
     model, _ = clip_jax.load(run / "checkpoints" / "4")
     assert (model.pretrained, model.results) == (f"{run}/checkpoints/4", run / "eval" / "4")

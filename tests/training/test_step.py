@@ -121,6 +121,7 @@ def replace_step(state: TrainState) -> TrainState:
     return dataclasses.replace(state, step=None)
 
 
+@pytest.mark.full
 def test_gradients_of_a_token_that_repeats_add_up_in_float32_under_bfloat16_compute():
     definition = Definition(ARCHITECTURE, Compute(dtype="bfloat16"))
     params, statistics = jax.jit(definition.init)(jax.random.key(0))
