@@ -91,7 +91,7 @@ class Interval(NamedTuple):
     margin: float
 
     def has(self, value: float) -> bool:
-        return abs(value - self.middle) <= self.margin
+        return abs(value - self.middle) <= self.margin + 1e-12  # one image is one image, however divided
 
 
 def apart(found: Trained, expected: Trained) -> np.ndarray:
@@ -110,11 +110,11 @@ def noise(figures: Sequence[float], *, least: float = 0.0) -> Interval:
 def ends_by_rounding(trainings: Sequence[Trained]) -> tuple[Interval, Interval]:
     """Returns where final loss and accuracy of one more training lie that differs from these by rounding only.
 
-    At least to either side: of the loss one unit in the last place of float32 a step, for the order of rows changes only
-    some of the sums; of the accuracy one image.
+    At least to either side: of the loss one unit in the last place of float32 a step, for the order of rows changes
+    only some of the sums; of the accuracy one image.
     """
     losses = [x.final_loss for x in trainings]
-    least = STEPS * np.finfo(np.float32).eps * max(losses)
+    least = STEPS * float(np.finfo(np.float32).eps) * max(losses)
     return noise(losses, least=least), noise([x.accuracy for x in trainings], least=1 / TESTED)
 
 
