@@ -4,7 +4,7 @@
 # make test-latest  all that needs no PyTorch, on the newest JAX (needs a Python of 3.12 or later)
 # make benchmark    beside OpenAI's own code, the memory of conversions, the loss in both forms, saves (a few minutes)
 # make benchmark-data  the data path beside OpenCLIP's loader, and what indexes and long runs cost (15 minutes)
-# make benchmark-training  training beside OpenCLIP's own loop, 200 steps in three precisions (10 minutes)
+# make benchmark-training  training beside OpenCLIP's own loop, 200 steps in three precisions (15 minutes)
 # make plans        what the shipped configs take on their TPU slices, into docs/scaling.md (minutes a config)
 # make lint         ruff
 # make clean        removes what these have set up, and leaves your runs

@@ -109,10 +109,10 @@ def ends_by_rounding(trainings: Sequence[Trained]) -> tuple[Interval, Interval]:
     """Returns where final loss and accuracy of one more training lie that differs from these by rounding only.
 
     At least to either side: of the loss one unit in the last place of float32 a step, for the order of rows changes
-    some of the sums only; of the accuracy one image.
+    only some of the sums; of the accuracy one image.
     """
     losses = [x.final_loss for x in trainings]
-    least = STEPS * np.finfo(np.float32).eps * max(losses)
+    least = STEPS * float(np.finfo(np.float32).eps) * max(losses)
     return noise(losses, least=least), noise([x.accuracy for x in trainings], least=1 / TESTED)
 
 

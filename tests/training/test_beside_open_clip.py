@@ -106,8 +106,7 @@ def test_weights_and_statistics_of_batch_norm_are_open_clips_in_float64_after_al
 @TOWERS
 def test_final_loss_and_accuracy_in_float32_are_open_clips_within_what_rounding_changes(tower, both, reordered):
     found, expected = both(tower, "float32")
-    exact, _ = both(tower, "float64")
-    loss, accuracy = ends_by_rounding([found, exact, *reordered(tower)])
+    loss, accuracy = ends_by_rounding([found, *reordered(tower)])
     assert loss.has(expected.final_loss), (loss, expected.final_loss)
     assert accuracy.has(expected.accuracy), (accuracy, expected.accuracy)
     assert loss.margin < 0.02 * loss.middle, "so wide an interval has everything"
