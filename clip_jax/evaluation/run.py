@@ -61,10 +61,7 @@ def zeroshot_retrieval(model: Encoder, source: Source, *, shows: bool = True) ->
     texts = list(itertools.chain.from_iterable(images.captions))
     image_of_text = np.repeat(np.arange(len(source)), [len(captions) for captions in images.captions])
     embeddings = encode_texts(model, texts)
-    metrics = retrieval.metrics(
-        retrieval.image_ranks(embeddings, images.img_BE, image_of_text),
-        retrieval.text_ranks(embeddings, images.img_BE, image_of_text),
-    )
+    metrics = retrieval.metrics(retrieval.ranks(embeddings, images.img_BE, image_of_text))
     shown = np.linspace(0, len(texts) - 1, SHOWN_CAPTIONS).astype(int)
     captions, scores = [texts[t] for t in shown], embeddings[shown] @ images.img_BE.T
     matches = _matches(source, captions, scores, lambda i, c: image_of_text[shown[c]] == i)

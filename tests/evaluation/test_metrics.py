@@ -2,16 +2,14 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from clip_jax import sharding
+from clip_jax.config import MeshConfig
 from clip_jax.evaluation import retrieval, zero_shot
-
-
-def unit_rows(random: np.random.Generator, n: int) -> np.ndarray:
-    x = random.normal(size=(n, 8))
-    return x / np.linalg.norm(x, axis=1, keepdims=True)
 
 
 def test_classification_metrics_equal_counting_by_hand():
@@ -30,31 +28,44 @@ def test_acc5_equals_sorting_every_row():
     assert zero_shot.metrics(zero_shot.Predictions(scores, labels))["acc5"] == expected
 
 
-@pytest.mark.parametrize("block", [3, 1024])
-def test_ranks_equal_sorting_the_whole_matrix(block, monkeypatch):
-    monkeypatch.setattr(retrieval, "BLOCK", block)
-    random = np.random.default_rng(1)
-    image_of_text = np.repeat(np.arange(20), random.integers(1, 4, 20))
-    txt, img = unit_rows(random, len(image_of_text)), unit_rows(random, 20)
+def sorted_ranks(txt: np.ndarray, img: np.ndarray, image_of_text: np.ndarray) -> retrieval.Ranks:
+    """Returns the ranks by sorting the whole matrix, among equals the earlier first."""
     scores = txt @ img.T
-    by_text = [list(np.argsort(-scores[t])).index(image_of_text[t]) for t in range(len(txt))]
-    orders = [list(image_of_text[np.argsort(-scores[:, i])]) for i in range(20)]
-    by_image = [order.index(i) for i, order in enumerate(orders)]
-    np.testing.assert_array_equal(retrieval.image_ranks(txt, img, image_of_text), by_text)
-    np.testing.assert_array_equal(retrieval.text_ranks(txt, img, image_of_text), by_image)
+    by_text = [list(np.argsort(-row, kind="stable")).index(i) for row, i in zip(scores, image_of_text, strict=True)]
+    orders = [list(image_of_text[np.argsort(-column, kind="stable")]) for column in scores.T]
+    return retrieval.Ranks(np.array(by_text), np.array([order.index(i) for i, order in enumerate(orders)]))
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("images", [1, 7, 101])
+@pytest.mark.parametrize("blocks", [(2, 3), (retrieval.TEXTS, retrieval.IMAGES)])
+def test_ranks_are_those_of_sorting_whatever_the_blocks_devices_and_ties(blocks, images, devices, monkeypatch):
+    monkeypatch.setattr(retrieval, "TEXTS", blocks[0])
+    monkeypatch.setattr(retrieval, "IMAGES", blocks[1])
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:devices])
+    random = np.random.default_rng(images)
+    image_of_text = random.permutation(np.repeat(np.arange(images), random.integers(1, 6, images)))
+    # Small integers: cosines are exact, and many are equal; so are whole embeddings.
+    txt, img = (random.integers(-1, 2, (n, 4)).astype(np.float32) for n in (len(image_of_text), images))
+    found, expected = retrieval.ranks(txt, img, image_of_text, mesh), sorted_ranks(txt, img, image_of_text)
+    np.testing.assert_array_equal(found.images, expected.images)
+    np.testing.assert_array_equal(found.texts, expected.texts)
+
+
+def test_an_image_that_no_text_is_of_has_all_texts_before_its_own():
+    found = retrieval.ranks(np.eye(3, dtype=np.float32), np.eye(4, dtype=np.float32)[:, :3], np.array([0, 1, 3]))
+    np.testing.assert_array_equal(found.texts, [0, 0, 3, 2])
 
 
 def test_recall_is_the_share_of_ranks_below_k():
-    found = retrieval.metrics(np.array([0, 0, 3, 7, 20]), np.array([0, 12]))
+    found = retrieval.metrics(retrieval.Ranks(np.array([0, 0, 3, 7, 20]), np.array([0, 12])))
     assert [found[f"image_retrieval_recall@{k}"] for k in (1, 5, 10)] == [2 / 5, 3 / 5, 4 / 5]
     assert [found[f"text_retrieval_recall@{k}"] for k in (1, 5, 10)] == [1 / 2, 1 / 2, 1 / 2]
 
 
 def test_a_collapsed_model_to_which_all_is_equal_finds_what_chance_finds():
-    same, image_of_text = np.ones((20, 4)), np.arange(20)
-    found = retrieval.metrics(
-        retrieval.image_ranks(same, same, image_of_text), retrieval.text_ranks(same, same, image_of_text)
-    )
+    same = np.ones((20, 4), np.float32)
+    found = retrieval.metrics(retrieval.ranks(same, same, np.arange(20)))
     for way in ("image", "text"):
         assert [found[f"{way}_retrieval_recall@{k}"] for k in (1, 5, 10)] == [1 / 20, 5 / 20, 10 / 20]
     chance = zero_shot.metrics(zero_shot.Predictions(np.ones((20, 20)), np.arange(20)))

@@ -65,7 +65,7 @@ def test_classification_writes_a_result_and_two_pictures(model, digits, tmp_path
 def test_retrieval_writes_a_result_and_a_picture(model, digits, tmp_path):
     result = evaluate(model, digits, "zeroshot_retrieval", output=tmp_path / "result.json")
     assert list(result) == SCHEMA
-    assert list(result["metrics"]) == [f"{way}_retrieval_recall@{k}" for way in ("image", "text") for k in (1, 5, 10)]
+    assert list(result["metrics"]) == [f"{way}_retrieval_recall@{k}" for k in (1, 5, 10) for way in ("image", "text")]
     assert min(size_of(tmp_path / "result_matches.png")) > 400
 
 
