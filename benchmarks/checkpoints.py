@@ -21,7 +21,7 @@ from clip_jax.training.checkpoint import Checkpoints, Keep
 from clip_jax.training.program import assemble
 from clip_jax.training.state import TrainState
 
-ROUNDS = 9
+ROUNDS = 25
 LARGE = {f"layer{i}": jax.random.normal(jax.random.key(i), (1389, 2000)) for i in range(12)}  # 133 MB, and two moments
 
 
