@@ -17,7 +17,8 @@ from typing import Any
 
 from absl import flags
 
-from clip_jax.config import Config, build, leaves, type_name
+from clip_jax.checked import build, leaves, type_name
+from clip_jax.config import Config
 from clip_jax.errors import UserError, nearest
 
 

@@ -1,23 +1,18 @@
 """The dataclasses of a whole run, and their validation: one owner per knob, no hidden defaults.
 
-`configs/*.py` return a `Config`; flags change its fields (`--config.optim.learning_rate=1e-3`) by setting attributes,
-which goes past every check. So `build` makes the whole tree anew once parsing is over, and every rule holds then.
-The same function reads the `config.json` of a workdir; a field that an older one does not have takes its default.
+`configs/*.py` return a `Config`; flags change its fields (`--config.optim.learning_rate=1e-3`), and a workdir's
+`config.json` keeps it. How its rules come to hold then is told in `checked.py`.
 """
 
 import dataclasses
 import math
 import re
-import reprlib
-import sys
-import types
-import typing
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from clip_jax import durations
 from clip_jax.architecture import Lora
-from clip_jax.errors import UserError, nearest
+from clip_jax.checked import Checked, leaves, require, require_one_of
+from clip_jax.errors import UserError
 
 COMPUTE_DTYPES = ("float32", "bfloat16", "float64")
 REMAT_POLICIES = ("none", "full", "dots", "attention")
@@ -29,29 +24,6 @@ WITH_EPS = ("adamw", "muon")
 SCHEDULES = ("cosine", "linear", "rsqrt", "constant")
 
 _FACTOR = r"\d+(\.\d*)?(e[+-]?\d+)?|\.\d+(e[+-]?\d+)?"
-
-
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise UserError(message)
-
-
-def _require_one_of(name: str, value: str, known: tuple[str, ...]) -> None:
-    _require(value in known, f"{name}={value!r} is not one of {', '.join(known)}")
-
-
-class Checked:
-    """A dataclass that looks at the types of its fields, then at its own rules, whenever it is made."""
-
-    def __post_init__(self):
-        section = type(self).__name__.removesuffix("Config").lower()
-        for name, hint in typing.get_type_hints(type(self)).items():
-            setattr(self, name, _convert(getattr(self, name), hint, f"{section}.{name}" if section else name))
-        self.check()
-
-    def check(self) -> None:
-        """Raises UserError for a rule that does not hold."""
-        raise NotImplementedError
 
 
 @dataclasses.dataclass
@@ -81,14 +53,14 @@ class ModelConfig(Checked):
     def check(self) -> None:
         words = (("compute_dtype", COMPUTE_DTYPES), ("remat", REMAT_POLICIES), ("attention", ATTENTION))
         for name, known in words:
-            _require_one_of(f"model.{name}", getattr(self, name), known)
-        _require(0 <= self.patch_dropout < 1, f"model.patch_dropout={self.patch_dropout} must be in [0, 1)")
-        _require(
+            require_one_of(f"model.{name}", getattr(self, name), known)
+        require(0 <= self.patch_dropout < 1, f"model.patch_dropout={self.patch_dropout} must be in [0, 1)")
+        require(
             self.lora_rank is None or self.lora_rank > 0,
             f"model.lora_rank={self.lora_rank} must be at least 1, or None: no adapters",
         )
-        _require(0 < self.lora_alpha < math.inf, f"model.lora_alpha={self.lora_alpha} must be positive and finite")
-        _require(
+        require(0 < self.lora_alpha < math.inf, f"model.lora_alpha={self.lora_alpha} must be positive and finite")
+        require(
             self.lora_rank is not None or self.lora_alpha == ModelConfig.lora_alpha,
             f"model.lora_alpha={self.lora_alpha} is of adapters, and without model.lora_rank there are none; set "
             "model.lora_rank, or leave model.lora_alpha out",
@@ -103,9 +75,9 @@ class LossConfig(Checked):
     tile: int | None = None  # rows and columns of logits at once in the ring; None: at most 1024, of equal size
 
     def check(self) -> None:
-        _require_one_of("loss.form", self.form, LOSS_FORMS)
-        _require(self.tile is None or self.tile > 0, f"loss.tile={self.tile} must be at least 1, or None")
-        _require(self.tile is None or self.form != "dense", f"loss.tile={self.tile}: the dense form has no tiles")
+        require_one_of("loss.form", self.form, LOSS_FORMS)
+        require(self.tile is None or self.tile > 0, f"loss.tile={self.tile} must be at least 1, or None")
+        require(self.tile is None or self.form != "dense", f"loss.tile={self.tile}: the dense form has no tiles")
 
 
 @dataclasses.dataclass
@@ -130,25 +102,25 @@ class DataConfig(Checked):
     num_workers: int | None = None  # processes beside the training process, on each host; None: as many as it takes
 
     def check(self) -> None:
-        _require(self.global_batch > 0, f"data.global_batch={self.global_batch} must be at least 1")
+        require(self.global_batch > 0, f"data.global_batch={self.global_batch} must be at least 1")
         low, high = self.crop_scale
-        _require(0 < low <= high <= 1, f"data.crop_scale={self.crop_scale} must be two shares, 0 < low <= high <= 1")
+        require(0 < low <= high <= 1, f"data.crop_scale={self.crop_scale} must be two shares, 0 < low <= high <= 1")
         low, high = self.crop_ratio
-        _require(0 < low <= high, f"data.crop_ratio={self.crop_ratio} must be two ratios, 0 < low <= high")
+        require(0 < low <= high, f"data.crop_ratio={self.crop_ratio} must be two ratios, 0 < low <= high")
         if self.color_jitter is not None:
             *factors, hue = self.color_jitter
-            _require(
+            require(
                 min(factors) >= 0 and 0 <= hue <= 0.5,
                 f"data.color_jitter={self.color_jitter} must not be negative, and its last, of the hue, at most 0.5",
             )
-        _require(self.min_image_size > 0, f"data.min_image_size={self.min_image_size} must be at least 1")
-        _require(
+        require(self.min_image_size > 0, f"data.min_image_size={self.min_image_size} must be at least 1")
+        require(
             0 < self.max_image_pixels <= MAX_IMAGE_PIXELS,
             f"data.max_image_pixels={self.max_image_pixels} must be in [1, {MAX_IMAGE_PIXELS:,}], which is PIL's limit",
         )
-        _require(0 < self.bad_limit <= 1, f"data.bad_limit={self.bad_limit} must be a share in (0, 1]")
-        _require(self.num_threads > 0, f"data.num_threads={self.num_threads} must be at least 1")
-        _require(
+        require(0 < self.bad_limit <= 1, f"data.bad_limit={self.bad_limit} must be a share in (0, 1]")
+        require(self.num_threads > 0, f"data.num_threads={self.num_threads} must be at least 1")
+        require(
             self.num_workers is None or self.num_workers >= 0,
             f"data.num_workers={self.num_workers} must not be negative",
         )
@@ -179,43 +151,43 @@ class OptimConfig(Checked):
     lock_text: int | None = None  # and of the text tower; OpenCLIP's groups: see docs/training.md
 
     def check(self) -> None:
-        _require_one_of("optim.optimizer", self.optimizer, OPTIMIZERS)
-        _require_one_of("optim.schedule", self.schedule, SCHEDULES)
-        _require(
+        require_one_of("optim.optimizer", self.optimizer, OPTIMIZERS)
+        require_one_of("optim.schedule", self.schedule, SCHEDULES)
+        require(
             0 < self.learning_rate < math.inf, f"optim.learning_rate={self.learning_rate} must be positive and finite"
         )
         warmup, _ = durations.parse(self.warmup, "optim.warmup")
         cooldown, _ = durations.parse(self.cooldown, "optim.cooldown")
-        _require(
+        require(
             warmup > 0 or self.schedule != "rsqrt",
             f"optim.warmup={self.warmup!r}: the schedule rsqrt falls as fast as its warm-up is long; give it one",
         )
-        _require(
+        require(
             cooldown == 0 or self.schedule in ("rsqrt", "constant"),
             f"optim.cooldown={self.cooldown!r}: the schedule {self.schedule} ends at 0 by itself; leave the cool-down "
             f"out, or let optim.schedule be rsqrt or constant",
         )
-        _require(
+        require(
             0 <= self.weight_decay < math.inf, f"optim.weight_decay={self.weight_decay} must be finite and not negative"
         )
-        _require(0 <= self.b1 < 1 and 0 <= self.b2 < 1, f"optim.b1={self.b1} and optim.b2={self.b2} must be in [0, 1)")
-        _require(0 < self.eps < math.inf, f"optim.eps={self.eps} must be positive and finite")
-        _require(
+        require(0 <= self.b1 < 1 and 0 <= self.b2 < 1, f"optim.b1={self.b1} and optim.b2={self.b2} must be in [0, 1)")
+        require(0 < self.eps < math.inf, f"optim.eps={self.eps} must be positive and finite")
+        require(
             self.optimizer in WITH_EPS or self.eps == OptimConfig.eps,
             f"optim.eps={self.eps}: {self.optimizer} has none; leave it out, or let optim.optimizer be "
             f"{' or '.join(WITH_EPS)}",
         )
-        _require(
+        require(
             self.clip_norm is None or self.clip_norm > 0, f"optim.clip_norm={self.clip_norm} must be positive, or None"
         )
-        _require(self.ema is None or 0 < self.ema < 1, f"optim.ema={self.ema} must be in (0, 1), or None")
-        _require(
+        require(self.ema is None or 0 < self.ema < 1, f"optim.ema={self.ema} must be in (0, 1), or None")
+        require(
             self.layer_decay is None or 0 < self.layer_decay <= 1,
             f"optim.layer_decay={self.layer_decay} must be in (0, 1], or None",
         )
         for name in ("lock_image", "lock_text"):
             locked = getattr(self, name)
-            _require(locked is None or locked >= 0, f"optim.{name}={locked} must not be negative")
+            require(locked is None or locked >= 0, f"optim.{name}={locked} must not be negative")
         self.frozen_patterns(), self.factors_by_pattern()
 
     def frozen_patterns(self) -> list[str]:
@@ -235,13 +207,13 @@ class OptimConfig(Checked):
         found = {}
         for part in [] if self.factors is None else self.factors.split(";"):
             pattern, equals, number = part.rpartition("=")
-            _require(
+            require(
                 bool(equals and re.fullmatch(_FACTOR, number.strip())),
                 f"optim.factors: {part!r} is no factor: write 'image/.*=0.1', with ';' between several",
             )
             pattern, factor = _pattern(pattern, "optim.factors"), float(number)
-            _require(factor > 0, f"optim.factors: {part!r} must be positive; name what is not to move in optim.frozen")
-            _require(pattern not in found, f"optim.factors: {pattern!r} is there twice")
+            require(factor > 0, f"optim.factors: {part!r} must be positive; name what is not to move in optim.frozen")
+            require(pattern not in found, f"optim.factors: {pattern!r} is there twice")
             found[pattern] = factor
         return found
 
@@ -249,7 +221,7 @@ class OptimConfig(Checked):
 def _pattern(text: str, name: str) -> str:
     """Returns a regular expression without the blanks around it."""
     text = text.strip()
-    _require(bool(text), f"{name} has an empty pattern; patterns have one ';' between them")
+    require(bool(text), f"{name} has an empty pattern; patterns have one ';' between them")
     try:
         re.compile(text)
     except re.error as error:
@@ -267,11 +239,11 @@ class MeshConfig(Checked):
 
     def check(self) -> None:
         sizes = (self.data, self.fsdp, self.tensor)
-        _require(
+        require(
             all(s == -1 or s > 0 for s in sizes),
             f"mesh (data, fsdp, tensor) = {sizes} must be positive, or -1: what is left",
         )
-        _require(sizes.count(-1) <= 1, f"mesh (data, fsdp, tensor) = {sizes}: only one may be -1")
+        require(sizes.count(-1) <= 1, f"mesh (data, fsdp, tensor) = {sizes}: only one may be -1")
 
 
 @dataclasses.dataclass
@@ -282,9 +254,9 @@ class EvaluationConfig(Checked):
     every: int = 1000  # steps, and after the last one
 
     def check(self) -> None:
-        _require(self.every > 0, f"evaluation.every={self.every} must be at least 1")
+        require(self.every > 0, f"evaluation.every={self.every} must be at least 1")
         for task, spec in self.measures():
-            _require(
+            require(
                 bool(task and spec),
                 f"evaluation.tasks={self.tasks!r} should be TASK=DATASET, such as "
                 "zeroshot_classification=tfds:captioned_digits:test, several with ; between them",
@@ -320,12 +292,12 @@ class Config(Checked):
     wandb: str | None = None  # the project of Weights & Biases to which the metrics go, too; None: not used
 
     def check(self) -> None:
-        _require(0 <= self.seed < 2**32, f"seed={self.seed} must be in [0, 2**32)")
+        require(0 <= self.seed < 2**32, f"seed={self.seed} must be in [0, 2**32)")
         for name in ("log_every", "checkpoint_every", "keep_checkpoints", "skip_limit"):
-            _require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be at least 1")
+            require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be at least 1")
         for name in ("checkpoint_minutes", "keep_every"):
             value = getattr(self, name)
-            _require(value is None or value > 0, f"{name}={value} must be positive, or None")
+            require(value is None or value > 0, f"{name}={value} must be positive, or None")
         if self.keep_every is not None and (over := self.keep_every % self.checkpoint_every):
             below = self.keep_every - over
             nearest_ones = [n for n in (below, below + self.checkpoint_every) if n]
@@ -333,21 +305,21 @@ class Config(Checked):
                 f"keep_every={self.keep_every} is no multiple of checkpoint_every={self.checkpoint_every}, when "
                 f"checkpoints are written; the nearest that are: {', '.join(map(str, nearest_ones))}"
             )
-        _require(self.microbatch is None or self.microbatch > 0, f"microbatch={self.microbatch} must be at least 1")
-        _require(
+        require(self.microbatch is None or self.microbatch > 0, f"microbatch={self.microbatch} must be at least 1")
+        require(
             self.wandb is None or re.fullmatch(r"[^/\\#?%:]{1,128}", self.wandb) is not None,
             f"wandb={self.wandb!r} must be the name of a project: 128 letters at most, and none of / \\ # ? % :",
         )
-        _require(
+        require(
             self.init_from is not None or self.model.variant is not None,
             "model.variant=None is for a run whose init_from says what its model is; set one of the two",
         )
-        _require(
+        require(
             self.optim.ema is None or self.model.lora_rank is None,
             f"optim.ema={self.optim.ema} averages weights, and with model.lora_rank={self.model.lora_rank} adapters "
             "alone are trained, whose averaged product is not the product of their averages; leave one of the two out",
         )
-        _require(
+        require(
             self.init_from is not None or self.model.lora_rank is None,
             f"model.lora_rank={self.model.lora_rank} trains adapters beside weights that stay as they are; set "
             "init_from to the weights",
@@ -368,14 +340,14 @@ class Config(Checked):
             durations.steps(text, name, global_batch=self.data.global_batch, records=records)
             for name, text in written.items()
         )
-        _require(total > 0, f"duration={self.duration!r} must be one step at least")
+        require(total > 0, f"duration={self.duration!r} must be one step at least")
         run = f"duration={self.duration!r} ({total:,} steps)"
-        _require(
+        require(
             warmup < total,
             f"optim.warmup={optim.warmup!r} ({warmup:,} steps) leaves nothing of {run}; shorten the warm-up or "
             f"lengthen the run",
         )
-        _require(
+        require(
             warmup + cooldown <= total,
             f"optim.warmup={optim.warmup!r} and optim.cooldown={optim.cooldown!r} ({warmup:,} and {cooldown:,} steps) "
             f"are longer than {run}; shorten them or lengthen the run",
@@ -415,73 +387,6 @@ FREE_ON_RESUME = (
     "model.attention",
     "model.tokenizer",  # what is in it may not
 )
-
-
-def build(cls: type, values: dict[str, Any], at: str = ""):
-    """Returns the dataclass `cls` made of nested plain values, types and rules checked.
-
-    Raises:
-        UserError: an unknown field, one missing that has no default, a wrong type, or a rule that does not hold.
-    """
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    for name in values:
-        if name not in fields:
-            raise UserError(f"unknown field {at + name!r}{nearest(at + name, [at + field for field in fields])}")
-    needed = [name for name, field in fields.items() if field.default is field.default_factory is dataclasses.MISSING]
-    if missing := [at + name for name in needed if name not in values]:
-        raise UserError(f"missing fields: {', '.join(missing)}")
-    hints = typing.get_type_hints(cls)
-    return cls(**{name: _convert(value, hints[name], at + name) for name, value in values.items()})
-
-
-def _convert(value: Any, hint: Any, at: str) -> Any:
-    """Returns `value` as the type `hint`; what JSON and flags blur (1 for 1.0, a list for a tuple) is put right."""
-    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
-        return build(hint, value, at + ".")
-    if dataclasses.is_dataclass(hint) and isinstance(value, hint):
-        return value
-    if isinstance(hint, types.UnionType):
-        return _convert_union(value, typing.get_args(hint), at)
-    if typing.get_origin(hint) is tuple and isinstance(value, tuple | list):
-        kinds = typing.get_args(hint)
-        if len(kinds) == len(value):
-            return tuple(_convert(v, kind, f"{at}[{i}]") for i, (v, kind) in enumerate(zip(value, kinds, strict=True)))
-    elif hint is float and (type(value) is float or (type(value) is int and abs(value) <= sys.float_info.max)):
-        return float(value)
-    elif type(value) is hint:
-        return value
-    raise UserError(f"{at}={reprlib.repr(value)} should be {type_name(hint)}")
-
-
-def _convert_union(value: Any, members: tuple[Any, ...], at: str) -> Any:
-    """Returns `value` as one of the types: None where that is one, else by the word `kind` where there are several."""
-    if value is None and types.NoneType in members:
-        return None
-    kinds = [member for member in members if member is not types.NoneType]
-    if len(kinds) == 1:
-        return _convert(value, kinds[0], at)
-    by_word = {kind.kind: kind for kind in kinds}
-    if not isinstance(value, (dict, *kinds)):
-        raise UserError(f"{at}={reprlib.repr(value)} should be an object whose kind is {' or '.join(by_word)}")
-    word = value.get("kind", kinds[0].kind) if isinstance(value, dict) else value.kind
-    if not isinstance(word, str) or word not in by_word:
-        raise UserError(f"{at}.kind={reprlib.repr(word)}{nearest(str(word), by_word)}")
-    return _convert(value, by_word[word], at)
-
-
-def type_name(hint: Any) -> str:
-    """Returns a type as it is written in the source: "int | None", "tuple[float, float]"."""
-    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
-
-
-def leaves(config: Any, at: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Yields (dotted path, type, value) for every field that is not itself a dataclass."""
-    for name, hint in typing.get_type_hints(type(config)).items():
-        value = getattr(config, name)
-        if dataclasses.is_dataclass(value):
-            yield from leaves(value, f"{at}{name}.")
-        else:
-            yield at + name, hint, value
 
 
 def differences(was: Config, now: Config) -> list[str]:

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from clip_jax.architecture import Architecture, Lora, ResNetTower
-from clip_jax.config import FREE_ON_RESUME, Config, ModelConfig, build, differences
+from clip_jax.checked import build
+from clip_jax.config import FREE_ON_RESUME, Config, ModelConfig, differences
 from clip_jax.elsewhere import Elsewhere
 from clip_jax.errors import UserError
 from clip_jax.files import AnyPath, children, read_text, write_text

@@ -9,7 +9,7 @@ from absl.testing import flagsaver
 
 import clip_jax.training.loop  # noqa: F401 (Grain's flags must be there before the flags are saved)
 from clip_jax import command
-from clip_jax.config import leaves
+from clip_jax.checked import leaves
 from clip_jax.data.sources import open_source
 
 ROOT = Path(__file__).parents[1]

@@ -8,9 +8,19 @@ from pathlib import Path
 
 import pytest
 
-from clip_jax import config as c
 from clip_jax.architecture import Architecture
-from clip_jax.config import Config, DataConfig, EvaluationConfig, LossConfig, MeshConfig, ModelConfig, OptimConfig
+from clip_jax.checked import build, leaves
+from clip_jax.config import (
+    FREE_ON_RESUME,
+    Config,
+    DataConfig,
+    EvaluationConfig,
+    LossConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    differences,
+)
 from clip_jax.errors import UserError
 from clip_jax.models.variants import VARIANTS, architecture
 from clip_jax.workdir import Workdir
@@ -39,22 +49,22 @@ def test_the_defaults_are_a_run():
 @pytest.mark.parametrize("file", CONFIG_FILES, ids=lambda file: file.stem)
 def test_every_config_builds_from_its_own_json_and_names_an_architecture(file):
     config = runpy.run_path(str(file))["get_config"]()
-    assert c.build(Config, json.loads(json.dumps(dataclasses.asdict(config)))) == config
+    assert build(Config, json.loads(json.dumps(dataclasses.asdict(config)))) == config
     assert architecture(config.model)
     assert config.data.train is None or config.data.train.startswith("tfds:")
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_architecture_survives_json(name):
-    assert c.build(Architecture, json.loads(json.dumps(dataclasses.asdict(VARIANTS[name])))) == VARIANTS[name]
+    assert build(Architecture, json.loads(json.dumps(dataclasses.asdict(VARIANTS[name])))) == VARIANTS[name]
 
 
 def test_build_puts_right_what_json_blurs_and_nothing_else():
-    built = c.build(Config, with_value("data.crop_scale", [0.5, 1]))
+    built = build(Config, with_value("data.crop_scale", [0.5, 1]))
     assert built.data.crop_scale == (0.5, 1.0)
     assert [type(x) for x in built.data.crop_scale] == [float, float]
-    assert isinstance(c.build(Config, with_value("optim.learning_rate", 1)).optim.learning_rate, float)
-    assert c.build(Config, with_value("optim.clip_norm", 1)).optim.clip_norm == 1.0
+    assert isinstance(build(Config, with_value("optim.learning_rate", 1)).optim.learning_rate, float)
+    assert build(Config, with_value("optim.clip_norm", 1)).optim.clip_norm == 1.0
 
 
 @pytest.mark.parametrize(
@@ -78,7 +88,7 @@ def test_build_puts_right_what_json_blurs_and_nothing_else():
 def test_a_value_of_the_wrong_type_is_refused_with_path_value_and_type(path, value, expected):
     name, _, rest = path.partition(".")
     with pytest.raises(UserError, match=rf"{name}.{rest}.*should be {expected}" if rest else rf"{name}=.*{expected}"):
-        c.build(Config, with_value(path, value))
+        build(Config, with_value(path, value))
 
 
 @pytest.mark.parametrize(
@@ -101,20 +111,20 @@ def test_odd_values_of_an_architecture_are_refused_in_a_short_line(path, value, 
         node = node[parent]
     node[name] = value
     with pytest.raises(UserError, match=words) as error:
-        c.build(Architecture, values)
+        build(Architecture, values)
     assert len(str(error.value)) < 400
 
 
 def test_an_unknown_field_is_refused_with_the_nearest_and_missing_ones_are_defaults_or_listed():
     with pytest.raises(UserError, match=r"'optim\.learning_rat'.*'optim\.learning_rate'"):
-        c.build(Config, with_value("optim.learning_rat", 1.0))
+        build(Config, with_value("optim.learning_rat", 1.0))
     values = dataclasses.asdict(LONG)
     del values["optim"]["b1"], values["optim"]["eps"]
-    assert c.build(Config, values) == LONG, "an older run's config.json lacks the fields that are newer"
+    assert build(Config, values) == LONG, "an older run's config.json lacks the fields that are newer"
     values = dataclasses.asdict(VARIANTS["ViT-B/32"])
     del values["embed_dim"], values["text"]
     with pytest.raises(UserError, match="missing fields: embed_dim, text"):
-        c.build(Architecture, values)
+        build(Architecture, values)
 
 
 @pytest.mark.parametrize(
@@ -177,7 +187,7 @@ def test_a_config_json_that_is_not_ours_is_refused_by_its_path(text, tmp_path):
 )
 def test_a_value_that_breaks_a_rule_is_refused_with_field_value_and_rule(path, value, rule):
     with pytest.raises(UserError, match=rule) as error:
-        c.build(Config, with_value(path, value))
+        build(Config, with_value(path, value))
     assert path.rpartition(".")[2] in str(error.value)
     assert str(value) in str(error.value)
 
@@ -192,7 +202,7 @@ def test_an_eps_is_refused_of_an_optimizer_that_has_none(optimizer):
 def test_a_warm_up_as_long_as_the_run_is_refused_with_the_next_move():
     values = with_value("duration", "2000 steps")
     with pytest.raises(UserError, match=r"warmup='2000 steps'.*duration='2000 steps'.*shorten the warm-up"):
-        c.build(Config, values)
+        build(Config, values)
 
 
 def test_rules_hold_again_when_fields_were_set_past_them():
@@ -207,7 +217,7 @@ def test_rules_hold_again_when_fields_were_set_past_them():
 
 
 def test_leaves_are_all_fields_by_their_dotted_path():
-    found = {path: (hint, value) for path, hint, value in c.leaves(Config(seed=3, duration="10_000 steps"))}
+    found = {path: (hint, value) for path, hint, value in leaves(Config(seed=3, duration="10_000 steps"))}
     assert found["seed"] == (int, 3)
     assert found["model.image_size"] == (int | None, None)
     assert found["mesh.fsdp"] == (int, 1)
@@ -219,13 +229,13 @@ def test_leaves_are_all_fields_by_their_dotted_path():
 
 def test_differences_name_what_a_resumed_run_may_not_change():
     now = Config(seed=1, optim=OptimConfig(learning_rate=1e-3), duration="10_000 steps")
-    assert c.differences(LONG, now) == ["optim.learning_rate: 0.0005 -> 0.001", "seed: 0 -> 1"]
-    assert c.differences(now, now) == []
+    assert differences(LONG, now) == ["optim.learning_rate: 0.0005 -> 0.001", "seed: 0 -> 1"]
+    assert differences(now, now) == []
 
 
 def test_what_is_free_on_resume_is_a_field_and_makes_no_difference():
-    paths = {path for path, _, _ in c.leaves(LONG)}
-    for free in c.FREE_ON_RESUME:
+    paths = {path for path, _, _ in leaves(LONG)}
+    for free in FREE_ON_RESUME:
         assert any(path == free or path.startswith(f"{free}.") for path in paths)
     now = dataclasses.replace(LONG, mesh=MeshConfig(2, 2, 2), log_every=1, model=ModelConfig(remat="full"))
-    assert c.differences(LONG, now) == []
+    assert differences(LONG, now) == []

@@ -14,8 +14,9 @@ ROOT = Path(__file__).parents[1]
 
 LAYERS = (
     (
-        *("clip_jax.typing", "clip_jax.errors", "clip_jax.config", "clip_jax.durations", "clip_jax.files"),
-        *("clip_jax.architecture", "clip_jax.preemption", "clip_jax.elsewhere", "clip_jax.data.storage"),
+        *("clip_jax.typing", "clip_jax.errors", "clip_jax.checked", "clip_jax.config", "clip_jax.durations"),
+        *("clip_jax.files", "clip_jax.architecture", "clip_jax.preemption", "clip_jax.elsewhere"),
+        "clip_jax.data.storage",
     ),
     (
         "clip_jax.models",

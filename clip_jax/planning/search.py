@@ -10,7 +10,8 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from clip_jax.config import Config, build
+from clip_jax.checked import build
+from clip_jax.config import Config
 from clip_jax.errors import UserError
 from clip_jax.planning.plan import Plan
 

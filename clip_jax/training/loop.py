@@ -9,7 +9,8 @@ import joblib
 
 from clip_jax import distributed, pretrained, sharding
 from clip_jax.architecture import Architecture
-from clip_jax.config import Config, leaves
+from clip_jax.checked import leaves
+from clip_jax.config import Config
 from clip_jax.data.pipeline import training_pairs
 from clip_jax.data.sources import Source, open_training_source
 from clip_jax.errors import UserError

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from clip_jax.architecture import Architecture, Preprocess, Tokenize
-from clip_jax.config import build, leaves
+from clip_jax.checked import build, leaves
 from clip_jax.errors import UserError, about, all_of
 from clip_jax.files import AnyPath, read_json, read_text
 from clip_jax.models.clip import Definition

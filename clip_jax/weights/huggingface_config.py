@@ -10,7 +10,7 @@ import reprlib
 from typing import Any
 
 from clip_jax.architecture import Architecture, ResNetTower, TextTower, ViTTower
-from clip_jax.config import leaves
+from clip_jax.checked import leaves
 from clip_jax.errors import UserError, all_of
 from clip_jax.tokenizer import SOT
 

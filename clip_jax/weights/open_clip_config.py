@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from clip_jax.architecture import Architecture, ImageTower, Preprocess, ResNetTower, TextTower, Tokenize, ViTTower
-from clip_jax.config import leaves
+from clip_jax.checked import leaves
 from clip_jax.errors import UserError
 from clip_jax.models.clip import SIGLIP_BIAS_INIT
 from clip_jax.weights import preprocess_files, timm

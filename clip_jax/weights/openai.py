@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from clip_jax.architecture import Architecture, ResNetTower, TextTower, ViTTower
-from clip_jax.config import leaves
+from clip_jax.checked import leaves
 from clip_jax.errors import UserError, about
 from clip_jax.models.clip import Definition
 from clip_jax.weights import archive

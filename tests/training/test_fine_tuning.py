@@ -17,7 +17,8 @@ from tiny_tokenizers import EOS, PAD, WORDS, few_words
 import clip_jax
 from clip_jax import pretrained
 from clip_jax.architecture import Architecture, Lora, TextTower, Tokenize, ViTTower
-from clip_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimConfig, build
+from clip_jax.checked import build
+from clip_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimConfig
 from clip_jax.errors import UserError
 from clip_jax.models import variants
 from clip_jax.models.clip import Definition
