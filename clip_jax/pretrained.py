@@ -191,7 +191,7 @@ def _read(
         variant = repository if found.variant == folder.name else found.variant  # the folder's name is a commit's
         return dataclasses.replace(found, variant=variant, origin=str(source))
     path = place(source) if is_elsewhere(source) else _expanded(source)
-    if path.parent.name == CHECKPOINTS and path.name.isdecimal() and Workdir(path.parent.parent).is_claimed():
+    if _is_checkpoint(path):
         return _read_run(path.parent.parent, dtype, step=int(path.name))
     if is_elsewhere(source):
         return _read_run(path, dtype)
@@ -203,6 +203,12 @@ def _read(
         f"{str(source)!r} is no file, no folder, no hf://org/repo, and none of the models that can be downloaded: "
         f"{', '.join(RELEASES)}"
     )
+
+
+def _is_checkpoint(path: AnyPath) -> bool:
+    """Returns whether a path is WORKDIR/checkpoints/STEP, and no model's folder that happens to be called so."""
+    named = path.parent.name == CHECKPOINTS and path.name.isdecimal()
+    return named and Workdir(path.parent.parent).is_claimed() and not (path / bundle.CONFIG).exists()
 
 
 def _read_file(path: Path, expected: Architecture | None, asked: Asked, dtype: DType | None) -> Bundle:

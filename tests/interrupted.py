@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from processes import start
+from processes import finish, start
 
 from clip_jax.files import AnyPath
 from clip_jax.pretrained import read
@@ -39,6 +39,13 @@ def run(workdir: AnyPath, data_dir: Path, fields: dict[str, Any], *more: str, de
     command = ["--config=configs/quickstart.py", f"--workdir={workdir}", *overrides, *more]
     environment = (SEVERAL if more else ALONE) | {"JAX_NUM_CPU_DEVICES": str(devices)}
     return start(["-c", TRAIN, *command], **environment)
+
+
+def whole(workdir: Path, data_dir: Path, fields: dict[str, Any]) -> Path:
+    """Returns the folder of a run that nothing has interrupted."""
+    ((code, _, errors),) = finish([run(workdir, data_dir, fields)])
+    assert code == 0, errors
+    return workdir
 
 
 def wait_for_lines(process: subprocess.Popen, workdir: AnyPath, lines: int, seconds: float = 300) -> None:

@@ -12,7 +12,8 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -30,9 +31,12 @@ from clip_jax.sharding import path_of
 from clip_jax.training import checksums
 from clip_jax.training.state import TrainState
 
-# What Orbax warns of whenever OCDBT is not used, or a folder is opened only to be read: both are meant.
-_MEANT = ("Skipping merge of OCDBT", "CheckpointManagerOptions.read_only=True", "Given directory is read only")
-_MEANT += ("did not provide metrics", "Missing metrics for step")  # of checkpoints whose state was not measured
+# What Orbax warns of whenever OCDBT is not used, a folder is opened only to be read, or a state was not measured: all
+# are meant.
+_MEANT = (
+    *("Skipping merge of OCDBT", "CheckpointManagerOptions.read_only=True", "Given directory is read only"),
+    *("did not provide metrics", "Missing metrics for step"),
+)
 logging.getLogger("absl").addFilter(lambda record: not any(words in record.getMessage() for words in _MEANT))
 # Nor its tracebacks, of errors that it raises, too, and we tell.
 logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
@@ -125,30 +129,29 @@ class Checkpoints:
             return False
         return distributed.gather(time.monotonic() - self._saved_at >= 60 * minutes)[0]
 
-    @contextlib.contextmanager
-    def _looking(self) -> Iterator[None]:
+    def _looking(self) -> AbstractContextManager:
         """Says what Orbax could not find out of the folder in its block."""
-        try:
-            yield
-        except Exception as error:
-            if distributed.is_of_another(error):
-                raise
-            raise UserError(f"the checkpoints in {self.folder} cannot be looked up ({_line(error)})") from error
+        return _explained(lambda why: f"the checkpoints in {self.folder} cannot be looked up ({why})")
 
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
+    def _reading(self, step: int) -> AbstractContextManager:
+        """Says that a step could not be read in its block: it is damaged; in a bucket, where its checksums were right,
+        the network may have been at fault."""
+        if isinstance(self.folder, Elsewhere):
+            return _explained(lambda why: f"checkpoint {self.folder}/{step} cannot be read ({why}); start again")
+        return _explained(lambda why: self._damaged(step, why))
+
+    def _writing(self) -> AbstractContextManager:
         """Says what could not be written in its block, or in the background before, and what there is instead."""
-        try:
-            yield
-        except Exception as error:
-            if distributed.is_of_another(error):
-                raise
+
+        def explain(why: str) -> str:
             last = self.latest()
             instead = "there is none" if last is None else f"the last whole one is of step {last}"
-            raise UserError(
-                f"the checkpoint of step {self._saving} cannot be written to {self.folder} ({_line(error)}); "
-                f"{instead}; make room, or mend the folder, and start again"
-            ) from error
+            return (
+                f"the checkpoint of step {self._saving} cannot be written to {self.folder} ({why}); {instead}; make "
+                "room, or mend the folder, and start again"
+            )
+
+        return _explained(explain)
 
     def _write_checksums(self) -> None:
         """Called by Orbax, in one process, when all files of all processes are written and before they are a step."""
@@ -234,7 +237,7 @@ class Checkpoints:
         if step not in (steps := self._manager.all_steps()):
             raise UserError(f"{self.folder} has no checkpoint {step}; there are: {', '.join(map(str, sorted(steps)))}")
         if problem := checksums.damage(self.folder / str(step), ("params", "statistics", "ema")):
-            raise self._damaged(step, problem)
+            raise UserError(self._damaged(step, problem))
         trees = {"params": abstract.params, "statistics": abstract.statistics}
         averaged = {_path(name) for name in _headers(self.folder / str(step) / "ema")}
         ema = unflatten({path: x for path, x in flatten(trees).items() if path in averaged})
@@ -251,32 +254,17 @@ class Checkpoints:
             name: ocp.args.PyTreeRestore(item=tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree))
             for name, tree in present.items()
         }
-        try:
+        with self._reading(step):
             restored = self._manager.restore(step, args=ocp.args.Composite(**items))
-        except Exception as error:
-            raise self._unreadable(step, error) from error
         return trees | {name: restored[name] for name in present}
 
-    def _unreadable(self, step: int, error: Exception) -> Exception:
-        """Returns what is to be said of a step that could not be read: it is damaged, unless another process has died
-        meanwhile."""
-        if distributed.is_of_another(error):
-            return error
-        if isinstance(self.folder, Elsewhere):  # its checksums were right, and the network may not have been
-            return UserError(f"checkpoint {self.folder}/{step} cannot be read ({_line(error)}); start again")
-        return self._damaged(step, _line(error))
-
-    def _damaged(self, step: int, problem: str) -> UserError:
-        return UserError(
-            f"checkpoint {self.folder}/{step} is damaged ({problem}); remove it to go on from the one before"
-        )
+    def _damaged(self, step: int, problem: str) -> str:
+        return f"checkpoint {self.folder}/{step} is damaged ({problem}); remove it to go on from the one before"
 
     def position(self, step: int) -> dict[str, Any]:
         """Returns the place in the data that was saved with a step."""
-        try:
+        with self._reading(step):
             return self._manager.restore(step, args=ocp.args.Composite(position=ocp.args.JsonRestore())).position
-        except Exception as error:
-            raise self._unreadable(step, error) from error
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -304,8 +292,15 @@ def _policy(keep: Keep) -> dict[str, Any]:
     return {"preservation_policy": policies.AnyPreservationPolicy(kept), "best_fn": value}
 
 
-def _line(error: Exception) -> str:
-    return str(error).split("\n")[0] or type(error).__name__
+@contextlib.contextmanager
+def _explained(explain: Callable[[str], str]) -> Iterator[None]:
+    """Makes a UserError of whatever Orbax raises in its block, by its first line, unless another process has died."""
+    try:
+        yield
+    except Exception as error:
+        if distributed.is_of_another(error):
+            raise
+        raise UserError(explain(str(error).split("\n")[0] or type(error).__name__)) from error
 
 
 def _some(**trees: Any) -> dict[str, Any]:

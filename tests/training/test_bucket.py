@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 from buckets import Buckets, Refusal
-from interrupted import computed, identical, run, wait_for_lines
+from interrupted import computed, identical, run, wait_for_lines, whole
 from processes import finish, start
 
 import clip_jax
@@ -233,10 +233,7 @@ KILLS = 4
 
 @pytest.fixture(scope="module")
 def uninterrupted(data_dir, tmp_path_factory) -> Path:
-    workdir = tmp_path_factory.mktemp("uninterrupted")
-    ((code, _, errors),) = finish([run(workdir, data_dir, FIELDS)])
-    assert code == 0, errors
-    return workdir
+    return whole(tmp_path_factory.mktemp("uninterrupted"), data_dir, FIELDS)
 
 
 def ended(process: subprocess.Popen) -> tuple[int, str]:

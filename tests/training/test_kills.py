@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
-from interrupted import identical, run, wait_for_lines
+from interrupted import identical, run, wait_for_lines, whole
 from processes import finish
 
 KILLS = 5  # of a run
@@ -19,16 +19,13 @@ def fields(model: str) -> dict:
 
 @pytest.fixture(scope="module", params=MODELS)
 def uninterrupted(request, data_dir, tmp_path_factory) -> tuple[str, Path]:
-    workdir = tmp_path_factory.mktemp("uninterrupted")
-    ((code, _, errors),) = finish([run(workdir, data_dir, fields(request.param))])
-    assert code == 0, errors
-    return request.param, workdir
+    return request.param, whole(tmp_path_factory.mktemp("uninterrupted"), data_dir, fields(request.param))
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("chain", range(5))
 def test_a_run_that_is_killed_five_times_is_the_uninterrupted_run(chain, uninterrupted, data_dir, tmp_path):
-    model, whole = uninterrupted
+    model, expected = uninterrupted
     draws = random.Random(f"{model} {chain}")
     metrics, saving = tmp_path / "metrics.jsonl", 0
     for _ in range(KILLS):
@@ -43,5 +40,5 @@ def test_a_run_that_is_killed_five_times_is_the_uninterrupted_run(chain, uninter
     ((code, _, errors),) = finish([run(tmp_path, data_dir, fields(model))])
     assert (code, "resumed at step" in errors, "damaged" in errors) == (0, True, False), errors
     print(f"{model}: {saving} of {KILLS} kills were in the middle of a save")
-    identical(tmp_path, whole)
+    identical(tmp_path, expected)
     assert not list((tmp_path / "checkpoints").glob("*.orbax-checkpoint-tmp*")), "cleaned up"

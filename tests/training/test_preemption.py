@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from interrupted import identical, run, wait_for_lines
+from interrupted import identical, run, wait_for_lines, whole
 from processes import finish, free_port
 
 from clip_jax.training.step_lines import read_lines
@@ -19,10 +19,7 @@ FIELDS = {"duration": STEPS, "log_every": EVERY, "checkpoint_every": 75}
 
 @pytest.fixture(scope="module")
 def uninterrupted(data_dir, tmp_path_factory) -> Path:
-    workdir = tmp_path_factory.mktemp("uninterrupted")
-    ((code, _, errors),) = finish([run(workdir, data_dir, FIELDS)])
-    assert code == 0, errors
-    return workdir
+    return whole(tmp_path_factory.mktemp("uninterrupted"), data_dir, FIELDS)
 
 
 @pytest.mark.full
