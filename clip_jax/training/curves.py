@@ -258,6 +258,7 @@ def _draw_results(axes: Axes, runs: Sequence[Run], name: str) -> None:
             if curve := run.results.get(name, {}).get(metric):
                 axes.plot(*curve, style, color=color, linewidth=1.6, marker="o", markersize=4)
     axes.yaxis.set_major_formatter(PERCENT)
+    axes.set_ylim(top=min(axes.get_ylim()[1], 1.005))  # no axis of shares goes to 102 %
     axes.set_title(name if len(metrics) > 1 else f"{metrics[0]}: {name}", fontsize=11, parse_math=False)
     _tell_apart(axes, metrics)
 
