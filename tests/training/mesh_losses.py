@@ -53,14 +53,17 @@ def host_batch(arch: Architecture, step: int, rows: list[int]) -> Batch:
 
 
 def host_state(abstract: TrainState, dtype: str) -> TrainState:
-    """Returns a first state on the host, all of it in `dtype`; drawing it with JAX would be one more program."""
+    """Returns a first state on the host, in `dtype` but for what is bfloat16; drawing it with JAX would be one more
+    program."""
     random = np.random.default_rng(0)
 
     def value(keys, x: jax.ShapeDtypeStruct) -> np.ndarray:
         path = sharding.path_of(keys)
         if not jnp.issubdtype(x.dtype, jnp.floating):
             return np.zeros(x.shape, x.dtype)
-        if path.startswith("optimizer") or path.endswith(("bias", "mean")):
+        if path.startswith("optimizer"):
+            return np.zeros(x.shape, x.dtype if x.dtype == jnp.bfloat16 else dtype)
+        if path.endswith(("bias", "mean")):
             return np.zeros(x.shape, dtype)
         if path.endswith(("scale", "variance")):
             return np.full(x.shape, LOGIT_SCALE_INIT if path.endswith("logit_scale") else 1.0, dtype)
