@@ -2,8 +2,9 @@
 
     python -m clip_jax.data SPEC [--config=configs/FILE.py] [--config.FIELD=VALUE …] [--picture=FILE.png]
 
-SPEC is what --config.data.train takes: tfds:NAME:SPLIT, wds:FOLDER_OF_TARS, folder:DIR, csv:FILE, or a mixture. Prints
-what there is and what is left out, why; measures how fast it is decoded; draws the first batch, as it is trained on.
+SPEC is what --config.data.train takes: tfds:NAME:SPLIT, wds:FOLDER_OF_TARS, folder:DIR, csv:FILE, captions:FILE, or a
+mixture. Prints what there is and what is left out, why; measures how fast it is decoded; draws the first batch, as it
+is trained on.
 """
 
 import sys

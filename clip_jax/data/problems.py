@@ -20,6 +20,8 @@ class Problem(enum.IntEnum):
     DAMAGED = 11
     UNREADABLE = 12
     CHANGED = 13
+    NO_LABEL = 14
+    BAD_LABEL = 15
 
     @property
     def words(self) -> str:
@@ -41,6 +43,8 @@ _WORDS = {
     Problem.DAMAGED: "damaged image",
     Problem.UNREADABLE: "cannot be read from storage",
     Problem.CHANGED: "shard changed under the run",
+    Problem.NO_LABEL: "no label",
+    Problem.BAD_LABEL: "label is no class",
 }
 
 

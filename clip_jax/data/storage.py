@@ -156,6 +156,15 @@ def look_up(paths: list[str]) -> list[File]:
     return found
 
 
+def is_there(path: str) -> bool:
+    """Returns whether there is a file.
+
+    Raises:
+        UserError: storage does not say.
+    """
+    return _look_up(path) is not None
+
+
 def _look_up(path: str) -> File | None:
     try:
         return patiently(lambda: _stat(path))

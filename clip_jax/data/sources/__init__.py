@@ -4,8 +4,10 @@ A spec names one, and everything downstream sees only `Source`:
 
     tfds:NAME[:SPLIT]                     a data set of TFDS
     wds:FOLDER, GLOB or {000..127}.tar    tar shards, local or a URL
+    wds:ROOT[/SPLIT]                      a data set in CLIP_benchmark's layout of tar shards, local or a URL
     folder:DIR                            one sub-folder a class
     csv:FILE                              a table of paths and captions: csv, tsv or parquet
+    captions:FILE[:SPLIT][@FOLDER]        Karpathy's or COCO's .json, Flickr's .txt; the folder is that of the images
     SPEC[1000:2000]                       a range of one
     SPEC + SPEC                           all of their records
     3 * SPEC + 1 * SPEC                   three of the first for each of the second
@@ -49,8 +51,8 @@ def open_source(
         kind, _, rest = part.partition(":")
         if kind not in KINDS or not rest:
             raise UserError(
-                f"{part!r} is not a data set; write tfds:NAME[:SPLIT], wds:FOLDER_OF_TARS, folder:DIR or csv:FILE, "
-                "such as tfds:captioned_digits:test"
+                f"{part!r} is not a data set; write tfds:NAME[:SPLIT], wds:FOLDER_OF_TARS, folder:DIR, csv:FILE or "
+                "captions:FILE, such as tfds:captioned_digits:test"
             )
         source = KINDS[kind](rest, request)
         return source if first is last is None else Range(source, first, last)
@@ -115,10 +117,12 @@ def _tfds(rest: str, request: Request) -> Source:
 
 
 def _shards(rest: str, request: Request) -> Source:
-    from clip_jax.data.sources.shards import TarShards
+    from clip_jax.data.sources import benchmark, shards
 
+    if layout := benchmark.find(rest, request.default_split):
+        return benchmark.BenchmarkShards(layout, request.needs, request.keys)
     request.check("wds", ("image", "captions"))
-    return TarShards(rest, request.keys)
+    return shards.matching(rest, request.keys)
 
 
 def _folder(rest: str, request: Request) -> Source:
@@ -135,4 +139,12 @@ def _table(rest: str, request: Request) -> Source:
     return Table(rest, request.keys)
 
 
-KINDS = {"tfds": _tfds, "wds": _shards, "folder": _folder, "csv": _table}  # imported where used: a second each
+def _captions(rest: str, request: Request) -> Source:
+    from clip_jax.data.sources.captions_file import CaptionsFile
+
+    request.check("captions", ("image", "captions"))
+    return CaptionsFile(rest, request.default_split)
+
+
+# Imported where used: a second each.
+KINDS = {"tfds": _tfds, "wds": _shards, "folder": _folder, "csv": _table, "captions": _captions}

@@ -37,7 +37,7 @@ class ImageFolder:
                 f"no sub-folder of {folder!r} has an image ({', '.join(sorted(suffixes))}); there must be one "
                 "sub-folder a class"
             )
-        self.name, self.split = root.resolve().name, "all"
+        self.name, self.split, self.templates = root.resolve().name, "all", ()
 
     def __len__(self) -> int:
         return len(self._files)

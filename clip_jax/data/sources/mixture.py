@@ -20,7 +20,8 @@ class Range:
         first, last, _ = slice(start, stop).indices(len(source))
         if first >= last:
             raise UserError(f"[{_word(start)}:{_word(stop)}] leaves nothing of the {len(source):,} records")
-        self.name, self.split, self.classnames = source.name, source.split, source.classnames
+        self.name, self.split = source.name, source.split
+        self.classnames, self.templates = source.classnames, source.templates
         self._source, self._first, self._length = source, first, last - first
 
     def __len__(self) -> int:
@@ -52,7 +53,8 @@ class Mixture:
     """
 
     def __init__(self, sources: Sequence[Source], weights: Sequence[Fraction] | None):
-        self.name, self.split, self.classnames = "+".join(source.name for source in sources), "all", ()
+        self.name, self.split = "+".join(source.name for source in sources), "all"
+        self.classnames, self.templates = (), ()
         self.lengths = tuple(len(source) for source in sources)
         self.turns = None if weights is None else _whole(weights)  # of each source, in a cycle
         self._sources, self._names = tuple(sources), _told_apart([source.name for source in sources])

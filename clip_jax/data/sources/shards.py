@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,26 +21,22 @@ MAX_HELD = 256  # mapped ones, of which what was read may stay in its memory
 
 
 class TarShards:
-    """Tar shards, local or behind a URL. Indexes are made where they are missing."""
+    """The records of tar shards, local or behind a URL, in their order. Indexes are made where they are missing."""
 
-    def __init__(self, pattern: str, keys: Keys):
+    def __init__(self, shards: Sequence[File], keys: Keys):
         choice = Choice(
             tuple(key.lower() for key in keys.images_or("jpg;jpeg;png;webp")),
             tuple(key if shard_index.is_json(key) else key.lower() for key in keys.captions_or("txt")),
             keys.min_image_size,
             keys.max_image_pixels,
         )
-        # Sorted: their order is that of the records, which a pattern that names the same shards must not change.
-        shards = sorted(storage.look_up(storage.expand(pattern, ".tar")))
         indexes = shard_index.find_or_make(shards, choice)
         self.name = storage.name_of(shards[0].path.rpartition("/")[0]) or "shards"
-        self.split, self.classnames = "all", ()
+        self.split, self.classnames, self.templates = "all", (), ()
         self._choice, self._shards = choice, shards
         self._names = _relative([shard.path for shard in shards])
         self._paths, self._summaries = [str(path) for path, _ in indexes], [summary for _, summary in indexes]
         self._ends = np.cumsum([summary.records for summary in self._summaries])
-        if not len(self):
-            raise UserError(f"{pattern!r} has no record to train on: {_why(self.inventory())}")
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -94,6 +91,19 @@ class TarShards:
         return Inventory.of_all({name: _inventory(summary) for name, summary in known})
 
 
+def matching(pattern: str, keys: Keys) -> TarShards:
+    """Returns the records of the shards that a pattern names.
+
+    Raises:
+        UserError: there is no such shard, or no record in them that counts.
+    """
+    # Sorted: their order is that of the records, which a pattern that names the same shards must not change.
+    source = TarShards(sorted(storage.look_up(storage.expand(pattern, ".tar"))), keys)
+    if not len(source):
+        raise UserError(f"{pattern!r} has no record to train on: {source.inventory().why_empty()}")
+    return source
+
+
 def _contents(shard: File, files: list[tuple[int, int]], check: int) -> list[bytes]:
     """Returns the contents of a record's files, whose headers are looked at: the shard may have changed."""
     first, last = min(start for start, _ in files) - tar.BLOCK, max(start + size for start, size in files)
@@ -136,10 +146,3 @@ def _relative(paths: list[str]) -> list[str]:
     folders = zip(*(path.split("/")[:-1] for path in paths), strict=False)
     common = sum(1 for _ in itertools.takewhile(lambda names: len(set(names)) == 1, folders))
     return ["/".join(path.split("/")[common:]) for path in paths]
-
-
-def _why(inventory: Inventory) -> str:
-    reasons = [f"{words} ({count:,})" for words, count in inventory.left_out.items()]
-    reasons += [f"{name} {words}" for name, words in inventory.broken.items()]
-    shown = "; ".join(reasons[:5]) + ("; …" if len(reasons) > 5 else "")
-    return shown or "the shards are empty"

@@ -71,6 +71,12 @@ class Inventory:
         lines += [f"  {name} {why}" for name, why in list(self.broken.items())[:shown]]
         return lines + ([f"  and {len(self.broken) - shown:,} more"] if len(self.broken) > shown else [])
 
+    def why_empty(self, shown: int = 5) -> str:
+        """Returns in a line why nothing is left of a source."""
+        reasons = [f"{words} ({count:,})" for words, count in self.left_out.items()]
+        reasons += [f"{name} {words}" for name, words in self.broken.items()]
+        return "; ".join(reasons[:shown]) + ("; …" if len(reasons) > shown else "") or "there is none in it"
+
 
 @runtime_checkable
 class Source(Protocol):
@@ -79,6 +85,7 @@ class Source(Protocol):
     name: str  # without the kind: "captioned_digits"
     split: str
     classnames: tuple[str, ...]  # by label; empty where records have none
+    templates: tuple[str, ...]  # the data set's own prompts, {c} for the class; empty where it comes with none
 
     def __len__(self) -> int: ...
 

@@ -36,7 +36,8 @@ class Table:
         tag = index_file.tag_of(columns)
         self._path, noted = index_file.find(self._of, tag) or _keep(self._of, tag, columns)
         self._left_out = noted["left_out"]
-        self.name, self.split, self.classnames = storage.name_of(path).partition(".")[0], "all", ()
+        self.name, self.split = storage.name_of(path).partition(".")[0], "all"
+        self.classnames, self.templates = (), ()
         self._length = len(self._rows())
         if not len(self):
             raise UserError(f"{path} has no row")

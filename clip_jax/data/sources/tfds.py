@@ -34,6 +34,7 @@ class TfdsSource:
         if missing := [named.get(need, need) for need in needs if not present.get(need, need in features)]:
             raise UserError(f"{name!r} has no feature {' and no '.join(missing)}; it has: {', '.join(features)}")
         self.classnames = tuple(features["label"].names) if "label" in features else ()
+        self.templates: tuple[str, ...] = ()
         self._version = str(builder.info.version)
         self._has_ids = isinstance(dict(features).get("id"), tfds.features.Text)
         self._size = builder.info.splits[split].num_bytes
