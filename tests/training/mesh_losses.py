@@ -77,9 +77,9 @@ def losses_of(case: Case) -> tuple[list[float], list[int]]:
     arch = Architecture(embed_dim=16, image=TOWERS[case.tower], text=TEXT)
     devices = jax.devices()[:1] if case.sizes is None else None
     mesh = sharding.make_mesh(MeshConfig(*(case.sizes or (1, 1, 1))), devices)
-    config = OptimConfig(learning_rate=1e-3, warmup="2 steps")
+    config = OptimConfig(learning_rate=1e-3, warmup="4 steps")  # float32 parts with all that is learnt of it
     definition = Definition(arch, Compute(dtype=case.dtype))
-    optimizer = optim.make(config, definition.shapes().params, Steps(case.steps, 2))
+    optimizer = optim.make(config, definition.shapes().params, Steps(case.steps, 4))
     abstract = abstract_state(definition, optimizer, mesh)
     ring = losses.ring_for(LossConfig(form=case.form), mesh, sharding.BATCH_AXES, GLOBAL_BATCH)
     train_step = make_train_step(definition, optimizer, abstract, ring=ring)
