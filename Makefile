@@ -5,6 +5,7 @@
 # make benchmark    beside OpenAI's own code, the memory of conversions, the loss in both forms, saves (a few minutes)
 # make benchmark-data  the data path beside OpenCLIP's loader, and what indexes and long runs cost (15 minutes)
 # make benchmark-training  training beside OpenCLIP's own loop, 200 steps in three precisions (15 minutes)
+# make benchmark-evaluation  the zero-shot classifier beside OpenCLIP's, ranks beside faiss', memory (10 minutes)
 # make plans        what the shipped configs take on their TPU slices, into docs/scaling.md (minutes a config)
 # make lint         ruff
 # make clean        removes what these have set up, and leaves your runs
@@ -29,9 +30,10 @@ DATASET := tfds:captioned_digits:test
 # the shards that people train on.
 ORACLES := "torch==2.13.0" "setuptools<81" regex tqdm packaging "transformers==5.23.0" sentencepiece protobuf \
   "img2dataset==1.47.0"
-ORACLES_NO_DEPS := "torchvision==0.28.0" clip-anytorch "open_clip_torch==3.3.0" "timm==1.0.31"
+ORACLES_NO_DEPS := "torchvision==0.28.0" clip-anytorch "open_clip_torch==3.3.0" "timm==1.0.31" \
+  "clip-benchmark==1.6.2" "pycocoevalcap==1.2" pycocotools
 
-.PHONY: quickstart test test-full test-latest benchmark benchmark-data benchmark-training plans lint clean
+.PHONY: quickstart test test-full test-latest benchmark benchmark-data benchmark-training benchmark-evaluation plans lint clean
 
 quickstart: $(VENV)/.ready
 	$(VENV)/bin/python train.py --config=configs/quickstart.py --workdir=$(WORKDIR)
@@ -63,6 +65,10 @@ benchmark-data: $(VENV_TEST)/.ready
 
 benchmark-training: $(VENV_TEST)/.ready
 	$(VENV_TEST)/bin/python benchmarks/training_beside_open_clip.py --picture=docs/training_beside_open_clip.png
+
+benchmark-evaluation: $(VENV_TEST)/.ready
+	$(VENV_TEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps faiss-cpu
+	$(VENV_TEST)/bin/python benchmarks/evaluation.py
 
 plans: $(VENV_TEST)/.ready
 	$(VENV_TEST)/bin/python -m clip_jax.planning.table --page=docs/scaling.md

@@ -55,7 +55,7 @@ def _parse(argv: list[str]) -> None:
 def require(*names: str) -> None:
     """Raises UserError when one of the flags was not given."""
     for name in names:
-        if flags.FLAGS[name].value is None:
+        if flags.FLAGS[name].value in (None, []):
             raise UserError(f"--{name} is missing (--help lists the flags)")
 
 

@@ -12,7 +12,7 @@ import importlib.util
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -115,8 +115,9 @@ def _on_tpu(environ: Mapping[str, str]) -> bool:
 
 
 @contextlib.contextmanager
-def joined(cluster: Cluster) -> Iterator[None]:
-    """Makes this process one of the cluster's for a block, in which jax has the devices of all.
+def joined(cluster: Cluster, *, preemptible: bool = True) -> Iterator[None]:
+    """Makes this process one of the cluster's for a block, in which jax has the devices of all; `preemptible` says
+    that SIGTERM is asked about by `preempted`, and ends nobody.
 
     When the block is done, or has ended with a UserError (which every process finds), it waits for the others to come
     as far. Any other error leaves at once, so that the others notice.
@@ -126,7 +127,7 @@ def joined(cluster: Cluster) -> Iterator[None]:
     """
     import jax
 
-    jax.config.update("jax_enable_preemption_service", True)  # SIGTERM to any process is for all: see `preempted`
+    jax.config.update("jax_enable_preemption_service", preemptible)  # SIGTERM to any process is for all
     try:
         jax.distributed.initialize(
             **cluster.arguments,
@@ -185,6 +186,29 @@ def gather(fact: Any) -> list[Any]:
     room = 1 << int(max(sizes) - 1).bit_length()  # few lengths: each is a program of its own
     padded = np.pad(mine, (0, room - len(mine)), constant_values=ord(" "))
     return [json.loads(row.tobytes()) for row in multihost_utils.process_allgather(padded)]
+
+
+def of_first(call: Callable[[], Any]) -> Any:
+    """Returns what a call returns in process 0, plain JSON values, in every process: what one decides or writes, and
+    the others have to know of.
+
+    Raises:
+        UserError: the call raised it; the others would wait for process 0 on the devices.
+    """
+    import jax
+
+    found, mistake = None, None
+    if jax.process_index() == 0:
+        try:
+            found = call()
+        except UserError as error:
+            if jax.process_count() == 1:
+                raise
+            mistake = str(error)
+    found, mistake = gather([found, mistake])[0]
+    if mistake is not None:
+        raise UserError(mistake)
+    return found
 
 
 def agree(facts: Mapping[str, Any]) -> None:

@@ -24,22 +24,24 @@ JOINED, MISTAKEN = b"j", b"m"  # what else it says, through a socket: that it ha
 
 
 @contextlib.contextmanager
-def watched(cluster: Cluster | None, workdir: AnyPath) -> Iterator[Preempted]:
+def watched(cluster: Cluster | None, workdir: AnyPath | None) -> Iterator[Preempted]:
     """Runs its block as one process of the cluster's, watched by another; without a cluster it just runs it.
 
     Yields what says, when it is asked after every step, whether the run is to save and to end (SIGTERM).
+
+    Without a workdir nothing can be saved, and SIGTERM ends the process as it ends any.
 
     The watching process never comes back: it exits as the working one did (0 done, 2 the user's mistake), and with 1
     and an explanation when that has died.
     """
     if cluster is None:
-        with preemption.heard() as preempted:
+        with preemption.heard() if workdir is not None else contextlib.nullcontext(preemption.never) as preempted:
             yield preempted
         return
     link = _fork(cluster, workdir)
     try:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # JAX waits in C++, where Python's own handler would never run
-        with distributed.joined(cluster):
+        with distributed.joined(cluster, preemptible=workdir is not None):
             signal.signal(signal.SIGINT, signal.default_int_handler)
             link.send(JOINED)
             yield distributed.preempted
@@ -61,7 +63,7 @@ def _exit(code: int, words: str) -> None:
     os._exit(code)
 
 
-def _fork(cluster: Cluster, workdir: AnyPath) -> socket.socket:
+def _fork(cluster: Cluster, workdir: AnyPath | None) -> socket.socket:
     """Returns the working process's end of a socket; the watching process goes no further than this.
 
     The working process and those that it starts (readers of data) are a group: none of them outlives it.
@@ -100,7 +102,7 @@ def _die_with_the_other(link: socket.socket) -> None:
     os.killpg(0, signal.SIGKILL)
 
 
-def _told(code: int, said: bytes, cluster: Cluster, workdir: AnyPath) -> int:
+def _told(code: int, said: bytes, cluster: Cluster, workdir: AnyPath | None) -> int:
     """Returns the exit code for the world, having said what has happened."""
     if MISTAKEN in said:  # it has told the user, and may have died while it waited for the others to find it, too
         return 2
@@ -131,7 +133,9 @@ def _reason(code: int, joined: bool, cluster: Cluster) -> str:
     return "this process has stopped with the error above, and the others will stop, too"
 
 
-def _way_on(workdir: AnyPath) -> str:
+def _way_on(workdir: AnyPath | None) -> str:
+    if workdir is None:
+        return "Start all processes again with the same command; with --resume, what is done is not done again."
     from clip_jax.workdir import Workdir  # not before: NumPy comes along, with threads, and a fork wants none
 
     folder = Workdir(workdir)

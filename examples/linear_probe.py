@@ -59,18 +59,19 @@ def encode(model, source):
 
     architecture = model.architecture
     size, preprocess = architecture.image.image_size, architecture.preprocess
-    batches = evaluation_batches(source, image_size=size, preprocess=preprocess, batch=BATCH)
+    batches = evaluation_batches(source, image_size=size, preprocess=preprocess, global_batch=BATCH)
     console = rich.console.Console(stderr=True)
     features, labels = [], []
-    for pixels, records in rich.progress.track(
+    for rows in rich.progress.track(
         batches,
         f"{source.name}:{source.split}",
         total=-(-len(source) // BATCH),
         console=console,
         disable=not console.is_terminal,
     ):
-        features.append(model.encode_image(normalise_pixels(pixels, preprocess)))
-        labels += [record.label for record in records]
+        read = [i for i, record in enumerate(rows.records) if record is not None]
+        features.append(model.encode_image(normalise_pixels(rows.image, preprocess))[read])
+        labels += [rows.records[i].label for i in read]
     return np.concatenate(features), np.array(labels)
 
 

@@ -37,7 +37,7 @@ def main() -> None:
     from clip_jax.data.sources import open_source
     from clip_jax.data.transforms import decode
     from clip_jax.errors import UserError
-    from clip_jax.evaluation.prompts import templates_for
+    from clip_jax.evaluation import prompts
 
     command.require("model", "dataset")
     source = open_source(DATASET.value, data_dir=DATA_DIR.value, default_split="test", needs=("image", "label"))
@@ -50,9 +50,9 @@ def main() -> None:
     record = source[order[INDEX.value]]
 
     # One prompt a class: "a photo of a {}." unless the data set has a template of its own.
-    template = templates_for(source.name)[0]
+    texts = [sentences[0] for sentences in prompts.of(source).sentences]
     image = preprocess(decode(record.image))[None]
-    tokens = model.tokenize([template.format(name) for name in source.classnames], truncate=True)
+    tokens = model.tokenize(texts, truncate=True)
 
     # Cosine similarities times the model's scale: OpenAI's models have learnt 100.
     logits_per_image, _ = model(image, tokens)

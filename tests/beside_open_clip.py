@@ -20,12 +20,12 @@ from oracles import open_clip, require, torchvision
 
 from clip_jax import pretrained, sharding
 from clip_jax.architecture import Architecture, ResNetTower
-from clip_jax.config import Config, DataConfig, ModelConfig, OptimConfig
+from clip_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimConfig
 from clip_jax.data.pipeline import training_batches, training_pairs
 from clip_jax.data.sources import Source, open_source, open_training_source
 from clip_jax.evaluation.on_mesh import OnMesh
-from clip_jax.evaluation.run import TASKS
-from clip_jax.models.clip import Definition
+from clip_jax.evaluation.tasks import TASKS
+from clip_jax.models.clip import Definition, l2_normalise, normalise_pixels
 from clip_jax.models.variants import VARIANTS
 from clip_jax.tokenizer import make
 from clip_jax.training.program import assemble
@@ -240,31 +240,34 @@ class _Loader:
             yield self._normalise(pixels), torch.from_numpy(batch.tokens.astype(np.int64))
 
 
-class _Encoder:
+class _Encoder(OnMesh):
     """OpenCLIP's model, as our evaluation asks for one."""
 
-    name = pretrained = "OpenCLIP's"
-
     def __init__(self, model: Any, architecture: Architecture, autocast: Callable[[], AbstractContextManager]):
-        self.architecture, self._model, self._autocast = architecture, model, autocast
-        self._dtype = model.logit_scale.dtype
+        tokenizer, mesh = make(architecture.tokenize, None), sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+        super().__init__(Definition(architecture), mesh, tokenizer, name="OpenCLIP's", pretrained="OpenCLIP's")
+        self._model, self._autocast, self._dtype = model, autocast, model.logit_scale.dtype
 
-    def tokenize(self, texts: Sequence[str], truncate: bool = False) -> np.ndarray:
-        return make(self.architecture.tokenize, None)(texts, self.architecture.text.context_length, truncate)
+    def scale(self) -> np.ndarray:
+        return np.exp(self._model.logit_scale.detach().numpy())
 
-    def encode_image(self, image_BHWC: np.ndarray) -> np.ndarray:
-        return self._encoded(self._model.encode_image, as_images(image_BHWC).to(self._dtype))
+    def encode_image(self, image_bHWC: np.ndarray, feature: str = "embedding") -> jax.Array:
+        pixels_BHWC = normalise_pixels(image_bHWC, self.architecture.preprocess)
+        return self._encoded(self._model.encode_image, as_images(pixels_BHWC).to(self._dtype))
 
-    def encode_text(self, tokens_BL: np.ndarray) -> np.ndarray:
+    def encode_text(self, tokens_BL: np.ndarray) -> jax.Array:
         return self._encoded(self._model.encode_text, require("torch").from_numpy(tokens_BL.astype(np.int64)))
 
-    def _encoded(self, encode: Callable[[Any], Any], x: Any) -> np.ndarray:
+    def text_lengths(self, tokens_BL: np.ndarray) -> np.ndarray:
+        return np.full(len(tokens_BL), tokens_BL.shape[1])
+
+    def _encoded(self, encode: Callable[[Any], Any], x: Any) -> jax.Array:
         with require("torch").no_grad(), self._autocast():
-            return encode(x).float().numpy()
+            return self.everywhere(np.asarray(l2_normalise(encode(x).float().numpy())))
 
 
-def _accuracy(model: Any, test: Source | None) -> float:
-    return math.nan if test is None else TASKS["zeroshot_classification"](model, test, shows=False).metrics["acc1"]
+def _accuracy(model: OnMesh, test: Source | None) -> float:
+    return math.nan if test is None else TASKS["zeroshot_classification"].run(model, test, shows=False).metrics["acc1"]
 
 
 def _by_our_paths(model: Any, arch: Architecture) -> dict[str, np.ndarray]:

@@ -57,6 +57,13 @@ def timm() -> ModuleType:
     return require("timm")
 
 
+def clip_benchmark() -> ModuleType:
+    """Returns CLIP_benchmark's command line, and with it all of its package."""
+    declare_torchvision_operators()
+    open_clip()
+    return require("clip_benchmark.cli", package="clip_benchmark")
+
+
 @lru_cache(maxsize=1)  # holds what it returns: a library takes its operators with it when it is collected
 def declare_torchvision_operators() -> Any:
     """Returns the library of the operators that torchvision's Python wants declared, None where its C++ part loads.

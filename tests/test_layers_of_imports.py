@@ -35,6 +35,7 @@ LAYERS = (
     (
         *("clip_jax.api", "clip_jax.planning", "clip_jax.training.evaluation", "clip_jax.training.journal"),
         *("clip_jax.training.loop", "clip_jax.training.report", "clip_jax.data.doctor", "clip_jax.data.__main__"),
+        "clip_jax.evaluation.session",
     ),
     ("clip_jax",),  # the public surface
     ("train", "eval", "convert_weights", "examples", "configs"),

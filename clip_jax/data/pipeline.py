@@ -6,6 +6,7 @@ What is random about a record is a function of (seed, epoch, index): the same pi
 
 import dataclasses
 import itertools
+import os
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ from clip_jax.errors import UserError
 from clip_jax.tokenizer import Tokenizer, make
 from clip_jax.typing import Batch, UInt8
 
+MAX_THREADS = 16  # that read what is evaluated
 CHUNK = 32  # pairs that one thread prepares, one after the other: what is read ahead is counted in these
 
 
@@ -200,23 +202,58 @@ def randomness(seed: int, epoch: int, index: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=[seed, 0], counter=[0, 0, epoch, index]))
 
 
+class EvaluationRows(NamedTuple):
+    """This host's rows of a batch of what is evaluated."""
+
+    image: UInt8[np.ndarray, "b H W C"]  # black where there is none
+    records: list[Record | None]  # without their images, which are above; None: it is left out, or behind the last
+    index: np.ndarray  # int64 [b], of the records in their source; -1: behind the last
+    problem: np.ndarray  # uint8 [b], a `Problem`; NONE where there is a record
+
+
 def evaluation_batches(
-    source: Source, *, image_size: int, preprocess: Preprocess, batch: int, num_threads: int = 2
-) -> Iterator[tuple[UInt8[np.ndarray, "b H W C"], list[Record]]]:
-    """Yields (images, records) in the order of the source, `batch` at a time; the last may be fewer.
+    source: Source,
+    *,
+    image_size: int,
+    preprocess: Preprocess,
+    global_batch: int,
+    rows: Sequence[int] | None = None,
+    num_threads: int | None = None,
+) -> Iterator[EvaluationRows]:
+    """Yields this host's rows of every batch, in the order of the source; None: all of them, as a lone host has.
+
+    `num_threads` read and decode; None: as many as there are cores, at most 16.
+
+    The last batch is filled up. An image that cannot be read is a row with a problem, in its place.
 
     Raises:
-        UserError: an image that cannot be read.
+        UserError: what a record says does not go with what its data set says.
     """
+    rows = range(global_batch) if rows is None else rows
+    num_threads = min(os.cpu_count() or 1, MAX_THREADS) if num_threads is None else num_threads
+    nothing = np.zeros((image_size, image_size, 3), np.uint8)
 
-    def load(index: int) -> tuple[UInt8[np.ndarray, "H W C"], Record]:
+    def load(position: int) -> tuple[UInt8[np.ndarray, "H W C"], Record | None, int, Problem]:
+        batch, row = divmod(position, len(rows))
+        index = batch * global_batch + rows[row]
+        if index >= len(source):
+            return nothing, None, -1, Problem.NONE
         try:
             record = read(source, index)
-            return transforms.evaluation_crop(transforms.decode(record.image), image_size, preprocess), record
-        except (OSError, UserError, BadRecord) as error:
-            raise UserError(f"image {index} of {source.name}:{source.split} cannot be read: {error}") from error
+        except BadRecord as error:
+            return nothing, None, index, error.problem
+        except OSError:
+            return nothing, None, index, Problem.UNREADABLE
+        try:
+            image = transforms.evaluation_crop(transforms.decode(record.image), image_size, preprocess)
+        except (OSError, UserError):  # damaged, or of a shape or mode of which the model's preprocessing makes nothing
+            return nothing, None, index, Problem.DAMAGED
+        return image, record._replace(image=b""), index, Problem.NONE
 
-    dataset = grain.MapDataset.range(len(source)).map(load)
-    loaded = iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * batch)))
-    while part := list(itertools.islice(loaded, batch)):
-        yield np.stack([image for image, _ in part]), [record for _, record in part]
+    batches = -(-len(source) // global_batch)
+    dataset = grain.MapDataset.range(batches * len(rows)).map(load)
+    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * len(rows))
+    loaded = iter(dataset.to_iter_dataset(options))
+    while part := list(itertools.islice(loaded, len(rows))):
+        images, records, index, problems = zip(*part, strict=True)
+        yield EvaluationRows(np.stack(images), list(records), np.int64(index), np.uint8(problems))

@@ -4,7 +4,7 @@ Cosines are computed by blocks of texts × images, each once, for both direction
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -172,10 +172,10 @@ def _block(
     )
 
 
-def metrics(ranks: Ranks) -> dict[str, float]:
+def metrics(ranks: Ranks, recalls: Sequence[int] = RECALLS_AT) -> dict[str, float]:
     """Returns image_retrieval_recall@K and text_retrieval_recall@K, in CLIP_benchmark's names and order."""
     found = {}
-    for k in RECALLS_AT:
+    for k in recalls:
         found[f"image_retrieval_recall@{k}"] = float((ranks.images < k).mean())
         found[f"text_retrieval_recall@{k}"] = float((ranks.texts < k).mean())
     return found

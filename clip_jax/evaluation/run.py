@@ -1,132 +1,216 @@
-"""One model, one task, one data set: a table on the screen, a JSON file, pictures beside it."""
+"""Evaluations of one model or two: files in CLIP_benchmark's schema, pictures beside them, and one table."""
 
-import itertools
+import functools
 import json
-import os
-from collections.abc import Callable
-from typing import NamedTuple
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
-import numpy as np
+import jax
 import rich.console
 import rich.table
 import rich.text
 
+from clip_jax import distributed
 from clip_jax.data.sources import Source
-from clip_jax.errors import UserError, nearest
-from clip_jax.evaluation import report, retrieval, zero_shot
-from clip_jax.evaluation.encode import Encoder, encode_images, encode_texts
-from clip_jax.evaluation.prompts import templates_for
-from clip_jax.files import AnyPath, place, write_text
+from clip_jax.errors import UserError
+from clip_jax.evaluation import pictures
+from clip_jax.evaluation.on_mesh import OnMesh
+from clip_jax.evaluation.progress import say
+from clip_jax.evaluation.tasks import Options, Result, digest, task_of
+from clip_jax.files import AnyPath, read_json, write_text
 
-SHOWN_CAPTIONS = 6
-SHOWN_MATCHES = 8
-
-Picture = Callable[[AnyPath], None]  # draws itself into a file
+SHARES = ("acc", "recall")  # in the names of metrics that are shown in per cent
 
 
-class Result(NamedTuple):
-    """What a task found out."""
+class Evaluation(NamedTuple):
+    """A task on a data set."""
 
-    metrics: dict[str, float]
-    pictures: dict[str, Picture]  # by the word that is added to the file's name
+    task: str
+    source: Source
+    options: Options
+    main: tuple[str, ...] = ()  # metrics of which the mean counts in an average; (): the task's own
+
+    @property
+    def name(self) -> str:
+        """Returns what its result is called, in files and among the metrics of a run."""
+        shots = f"_{self.options.fewshot_k}shot" if self.task == "linear_probe" and self.options.fewshot_k > 0 else ""
+        return f"{self.source.name}_{self.source.split}_{self.task}{shots}".replace("/", "_")
+
+    @property
+    def counts(self) -> tuple[str, ...]:
+        """Returns the metrics of which the mean counts in an average."""
+        return self.main or task_of(self.task).main
+
+    def score(self, metrics: dict[str, float]) -> float:
+        """Returns what stands for it in an average."""
+        return sum(metrics[name] for name in self.counts) / len(self.counts)
 
 
-def zeroshot_classification(model: Encoder, source: Source, *, shows: bool = True) -> Result:
-    """Returns how well the images are classified by their class names, with an ensemble of prompts."""
-    names = source.classnames
-    if not names:
-        raise UserError(f"{source.name}:{source.split} has no classes; try --task=zeroshot_retrieval")
-    templates = templates_for(source.name)
-    images = encode_images(model, source, shows=shows)
-    classes = zero_shot.classifier(model, names, templates)
-    labels = np.array(images.labels)
-    predictions = zero_shot.Predictions(images.img_BE @ classes.T, labels)
-    metrics = zero_shot.metrics(predictions)
-    title = f"{source.name}:{source.split}, zero-shot: {100 * metrics['acc1']:.1f} % right"
-    prompts = [templates[0].format(name) for name in names]
-    matches = _matches(source, prompts, predictions.scores.T, lambda i, c: labels[i] == c)
-    predicted = predictions.scores.argmax(axis=1)
-    return Result(
-        metrics,
-        {
-            "confusion": lambda path: report.confusion_matrix(path, labels, predicted, names, title),
-            "matches": lambda path: report.best_matches(path, matches, f"nearest images, {source.name}:{source.split}"),
-        },
+class Done(NamedTuple):
+    """An evaluation of a model, in its file."""
+
+    evaluation: Evaluation
+    written: dict  # what the file says
+    files: list[str]  # that one first, then pictures
+    result: Result | None  # None: it was done before
+
+
+def evaluate(model: OnMesh, evaluation: Evaluation, file: AnyPath, *, draws: bool = True, shows: bool = True) -> Done:
+    """Does one evaluation and writes its files, the result last: where that is, all are. All processes do it alike, and
+    the first one writes. `draws` says whether there are pictures, `shows` whether it tells how far it is.
+
+    Raises:
+        UserError: a data set that has not what the task needs, a model that has diverged, or a file that cannot be
+            written.
+    """
+    result = task_of(evaluation.task).run(model, evaluation.source, evaluation.options, shows=shows)
+    written = in_schema(model, evaluation, result)
+
+    def write() -> list[str]:
+        drawn = _draw(evaluation, result, file) if draws else []
+        if model.fingerprint is not None:
+            write_text(_asked_file(file), json.dumps(_asked(model, evaluation), indent=2) + "\n")
+        write_text(file, json.dumps(written, indent=2) + "\n")
+        return [str(file), *drawn]
+
+    return Done(evaluation, written, distributed.of_first(write), result)
+
+
+def _draw(evaluation: Evaluation, result: Result, file: AnyPath) -> list[str]:
+    """Returns the files of the pictures that it draws."""
+    drawn = []
+    for word, draw in pictures.of(evaluation.source, evaluation.task, result).items():
+        picture = file.with_name(f"{file.stem}_{word}.png")
+        draw(picture)
+        drawn.append(str(picture))
+    return drawn
+
+
+def _asked_file(file: AnyPath) -> AnyPath:
+    """Returns the file beside a result that says what was asked, and the result's schema has no place for."""
+    return file.with_name(f".{file.stem}.asked")
+
+
+def _asked(model: OnMesh, evaluation: Evaluation) -> dict[str, Any]:
+    """Returns what the result depends on: plain JSON values."""
+    data = digest(evaluation.source.fingerprint())
+    return {"weights": model.fingerprint, "data": data} | task_of(evaluation.task).asked(
+        evaluation.source, evaluation.options
     )
 
 
-def zeroshot_retrieval(model: Encoder, source: Source, *, shows: bool = True) -> Result:
-    """Returns how often texts find their image, and images one of their texts."""
-    images = encode_images(model, source, shows=shows)
-    texts = list(itertools.chain.from_iterable(images.captions))
-    image_of_text = np.repeat(np.arange(len(source)), [len(captions) for captions in images.captions])
-    embeddings = encode_texts(model, texts)
-    metrics = retrieval.metrics(retrieval.ranks(embeddings, images.img_BE, image_of_text))
-    shown = np.linspace(0, len(texts) - 1, SHOWN_CAPTIONS).astype(int)
-    captions, scores = [texts[t] for t in shown], embeddings[shown] @ images.img_BE.T
-    matches = _matches(source, captions, scores, lambda i, c: image_of_text[shown[c]] == i)
-    title = f"nearest images, {source.name}:{source.split}"
-    return Result(metrics, {"matches": lambda path: report.best_matches(path, matches, title)})
-
-
-TASKS = {"zeroshot_classification": zeroshot_classification, "zeroshot_retrieval": zeroshot_retrieval}
-METRICS = {"zeroshot_classification": zero_shot.METRICS, "zeroshot_retrieval": retrieval.METRICS}  # that are found
-NEEDS = {"zeroshot_classification": ("image", "label"), "zeroshot_retrieval": ("image", "captions")}  # of a record
-
-
-def evaluate(model: Encoder, source: Source, task: str, *, output: str | os.PathLike) -> dict:
-    """Runs a task, prints its table, writes its files, and returns the result in CLIP_benchmark's schema.
-
-    Raises:
-        UserError: an unknown task, a data set that has not what the task needs, or a file that cannot be written.
-    """
-    if task not in TASKS:
-        raise UserError(f"unknown task {task!r}{nearest(task, TASKS)}")
-    found = TASKS[task](model, source)
-    path, result = place(output), in_schema(model, source, task, found.metrics)
-    write_result(path, result)
-    pictures = []
-    for word, draw in found.pictures.items():
-        pictures.append(path.with_name(f"{path.stem}_{word}.png"))
-        draw(pictures[-1])
-    _print(result, source, [path, *pictures])
-    return result
-
-
-def in_schema(model: Encoder, source: Source, task: str, metrics: dict[str, float]) -> dict:
-    """Returns a result as CLIP_benchmark writes it."""
-    return {
-        "dataset": source.name,
+def in_schema(model: OnMesh, evaluation: Evaluation, result: Result) -> dict:
+    """Returns a result as CLIP_benchmark writes it; and how many were evaluated, where some were not."""
+    options = evaluation.options
+    written = {
+        "dataset": evaluation.source.name,
         "model": model.name,
         "pretrained": model.pretrained,
-        "task": task,
-        "metrics": metrics,
+        "task": evaluation.task,
+        "metrics": result.metrics,
         "language": "en",
     }
+    if options.dump_classnames and result.classnames:
+        written["classnames"] = list(result.classnames)
+    if options.dump_templates and result.templates:
+        written["templates"] = result.templates
+    if result.left_out:
+        written |= {"evaluated": result.evaluated, "left_out": result.left_out}
+    return written
 
 
-def write_result(path: AnyPath, result: dict) -> None:
-    """Writes a result's JSON file."""
-    write_text(path, json.dumps(result, indent=2) + "\n")
+def evaluate_all(
+    model: OnMesh, evaluations: Sequence[Evaluation], file_of: Callable[[Evaluation], AnyPath], *, resume: bool = False
+) -> tuple[list[Done], list[str]]:
+    """Returns all evaluations of a model, done or, where `resume` says so, found; and what went wrong: that keeps no
+    other from being done."""
+    done, problems = [], []
+    for evaluation in evaluations:
+        file = file_of(evaluation)
+        try:
+            before = functools.partial(_done_before, model, evaluation, file)
+            written = distributed.of_first(before) if resume else None
+            if written is not None:
+                say(f"{file} is done")
+                done.append(Done(evaluation, written, [str(file)], None))
+                continue
+            done.append(evaluate(model, evaluation, file))
+        except UserError as error:
+            problems.append(f"{evaluation.name}: {error}")
+            if len(evaluations) > 1:
+                say(f"error: {problems[-1]}")
+            continue
+        for words, count in done[-1].written.get("left_out", {}).items():
+            say(f"{evaluation.name}: left out: {words} {count:,}")
+    return done, problems
 
 
-def _matches(source: Source, captions: list[str], scores: np.ndarray, right: Callable[[int, int], bool]):
-    """Returns the best images for each caption; `scores` is [captions, images]."""
-    rows = []
-    for c, caption in enumerate(captions):
-        best = np.argsort(-scores[c], kind="stable")[:SHOWN_MATCHES].tolist()
-        rows.append(report.Matches(caption, [source[i].image for i in best], [bool(right(i, c)) for i in best]))
-    return rows
+def _done_before(model: OnMesh, evaluation: Evaluation, file: AnyPath) -> dict | None:
+    """Returns what a file says of the same evaluation of the same model; None: it is to be done.
+
+    Raises:
+        UserError: the file is of something else.
+    """
+    if not file.exists():
+        return None
+    found = read_json(file)
+    if not isinstance(found, dict) or not isinstance(found.get("metrics"), dict):
+        raise UserError(f"{file} is no result of an evaluation: choose another --output, or delete it")
+    asked = {"dataset": evaluation.source.name, "task": evaluation.task}
+    asked |= {"model": model.name, "pretrained": model.pretrained}
+    said = found
+    if _asked_file(file).exists():
+        asked |= _asked(model, evaluation)
+        said = found | read_json(_asked_file(file))
+    differs = [
+        f"{key} was {said.get(key)!r} and is {value!r}" for key, value in asked.items() if said.get(key) != value
+    ]
+    if differs:
+        raise UserError(f"{file} is of another evaluation: {'; '.join(differs)}: choose another --output, or delete it")
+    return found
 
 
-def _print(result: dict, source: Source, files: list[AnyPath]) -> None:
-    title = f"{result['task']} · {source.name}:{source.split} · {len(source):,} images"
-    table = rich.table.Table(title=rich.text.Text(title), min_width=len(title) + 2)
-    table.add_column("metric")
-    table.add_column("value", justify="right")
-    for name, value in result["metrics"].items():
-        table.add_row(name, f"{100 * value:.2f} %")
+def show(done: Sequence[Done], averages: Sequence[float] = ()) -> None:
+    """Prints one table, with the average of each model where there are any, and where the files are."""
+    if jax.process_index() != 0:
+        return
     console = rich.console.Console()
-    console.print(table)
-    for file in files:
-        console.print(str(file), soft_wrap=True, highlight=False, markup=False, emoji=False)
+    models = list(dict.fromkeys(one.written["pretrained"] for one in done))
+    letters = ["value"] if len(models) == 1 else [chr(ord("A") + i) for i in range(len(models))]
+    for letter, model in zip(letters, models if len(models) > 1 else (), strict=False):
+        console.print(f"{letter}: {model}", soft_wrap=True, highlight=False, markup=False, emoji=False)
+    console.print(_table(done, letters, averages))
+    for one in done:
+        for file in one.files if len(done) == 1 else one.files[:1]:
+            console.print(file, soft_wrap=True, highlight=False, markup=False, emoji=False)
+
+
+def _table(done: Sequence[Done], letters: Sequence[str], averages: Sequence[float]) -> rich.table.Table:
+    """Returns a row for every metric of every evaluation, with a value for each model."""
+    table = rich.table.Table()
+    for column in ("data set and task", "metric"):
+        table.add_column(column, overflow="fold")
+    for letter in letters:
+        table.add_column(letter, justify="right")
+    by_name: dict[str, list[Done]] = {}
+    for one in done:
+        by_name.setdefault(one.evaluation.name, []).append(one)
+    for several in by_name.values():
+        source, first = several[0].evaluation.source, several[0].written
+        images = first.get("evaluated", len(source))
+        words = [f"{source.name}:{source.split}", first["task"], f"{images:,} images"]
+        for row, name in enumerate(first["metrics"]):
+            values = [in_words(name, one.written["metrics"][name]) for one in several]
+            table.add_row(*map(rich.text.Text, (words[row] if row < len(words) else "", name, *values)))
+        table.add_section()
+    if averages:
+        table.add_row("average", "", *(in_words("acc", average) for average in averages))
+    return table
+
+
+def in_words(name: str, value: float | int) -> str:
+    """Returns a metric's value for people: shares in per cent."""
+    if not any(word in name for word in SHARES):
+        return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{100 * value:.2f} %" if math.isfinite(value) else "not defined"

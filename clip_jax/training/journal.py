@@ -6,7 +6,8 @@ from typing import Any
 
 import jax
 
-from clip_jax.training.evaluation import Evaluation, Measure
+from clip_jax.evaluation.run import Evaluation
+from clip_jax.training.evaluation import RunEvaluation
 from clip_jax.training.feed import BadLimit, Feed, in_words
 from clip_jax.training.incidents import Incidents
 from clip_jax.training.metrics import MetricsLog, Progress, StepClock
@@ -31,7 +32,7 @@ class Journal:
         program: Program,
         folder: Workdir,
         feed: Feed,
-        measures: list[Measure],
+        evaluations: list[Evaluation],
         *,
         start: int,
         unlogged: dict[str, Any],
@@ -40,7 +41,7 @@ class Journal:
         """Goes on from what `unlogged` gave at step `start`; `traced` is the window of the profiler."""
         config, writes = program.config, jax.process_index() == 0
         self._feed, self._steps = feed, program.steps.total
-        self._evaluation = Evaluation(measures, program, folder) if measures else None
+        self._evaluation = RunEvaluation(evaluations, program, folder) if evaluations else None
         self._evaluation_every, self._log_every = config.evaluation.every, config.log_every
         self._global_batch = config.data.global_batch
         seen = start * self._global_batch

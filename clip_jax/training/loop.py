@@ -14,11 +14,12 @@ from clip_jax.config import Config
 from clip_jax.data.pipeline import training_pairs
 from clip_jax.data.sources import Source, open_training_source
 from clip_jax.errors import UserError
+from clip_jax.evaluation.run import Evaluation
 from clip_jax.files import place
 from clip_jax.models import variants
 from clip_jax.preemption import Preempted, never
 from clip_jax.training.checkpoint import Checkpoints, Keep, changed_data
-from clip_jax.training.evaluation import Measure, open_measures
+from clip_jax.training.evaluation import open_evaluations
 from clip_jax.training.feed import Bad, Feed
 from clip_jax.training.journal import Journal, every
 from clip_jax.training.profiler import window
@@ -54,10 +55,10 @@ def train(
     folder.check(config, arch)
     program = assemble(config, devices, records=len(source), arch=arch)
     tokenizer = folder.tokenizer_for(config.model, arch, weights and weights.tokenizer)
-    measures = open_measures(config)
+    evaluations = open_evaluations(config)
     traced = window(profile, done=folder.latest_step() or 0, total=program.steps.total) if profile else None
     check_wandb(config)
-    facts = _facts(program, tokenizer, source, measures, folder)
+    facts = _facts(program, tokenizer, source, evaluations, folder)
     distributed.agree(facts | {"the weights to start from": weights and weights.fingerprint()})
 
     # 2. The folder, and in it the state: new, or as it was left.
@@ -80,7 +81,7 @@ def train(
         # 3. The data, from the example where the run is; and step by step.
         with (
             _feed(program, tokenizer, source, start, unlogged.get("bad_records")) as feed,
-            Journal(program, folder, feed, measures, start=start, unlogged=unlogged, traced=traced) as journal,
+            Journal(program, folder, feed, evaluations, start=start, unlogged=unlogged, traced=traced) as journal,
         ):
             journal.begins([*_introduction(program, source, start), *length, *set_aside])
             for step in range(start + 1, last_step + 1):
@@ -201,7 +202,7 @@ _OF_THE_HOST = ("data.data_dir", "data.num_threads", "data.num_workers", "model.
 
 
 def _facts(
-    program: Program, tokenizer: str | None, source: Source, measures: list[Measure], folder: Workdir
+    program: Program, tokenizer: str | None, source: Source, evaluations: list[Evaluation], folder: Workdir
 ) -> dict[str, Any]:
     """Returns what has to be the same in all processes of a run."""
     return {
@@ -209,7 +210,7 @@ def _facts(
         "attention": program.attention,
         "the tokenizer": tokenizer,
         "the data": source.fingerprint(),
-        "the data of evaluation.tasks": [measure.source.fingerprint() for measure in measures],
+        "the data of evaluation.tasks": [one.source.fingerprint() for one in evaluations],
         "the last checkpoint": folder.latest_step(),
     }
 

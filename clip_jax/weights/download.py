@@ -1,4 +1,5 @@
-"""OpenAI's released files: fetched once into a cache folder, resumed when cut, and never used unchecked.
+"""Released files, OpenAI's weights above all: fetched once into a cache folder, resumed when cut, and never used
+unchecked.
 
 FOLDER/ViT-B-32.pt                     the whole file; its sha256 is looked at before every use
 FOLDER/.ViT-B-32.pt.40d365715913.part  what has come of it so far; the next call goes on from there
@@ -33,13 +34,14 @@ CHUNK = 1 << 16  # bytes; as much is lost at most when a transfer is cut
 
 @dataclasses.dataclass(frozen=True)
 class Release:
-    """A published file, whose address says what it should hold: …/<sha256>/<file>."""
+    """A published file, and what it should hold."""
 
     url: str
+    checksum: str | None = None  # its sha256; None: the address says it, …/<sha256>/<file>
 
     @property
     def sha256(self) -> str:
-        return self.url.split("/")[-2]
+        return self.checksum or self.url.split("/")[-2]
 
     @property
     def file(self) -> str:
@@ -86,6 +88,15 @@ def fetch(release: Release, folder: Path | None = None) -> Path:
             f"or name another folder in {CACHE}"
         ) from error
     return path
+
+
+def cache(name: str) -> Path:
+    """Returns the folder of what is ours to keep: in the one that CLIP_JAX_CACHE names, else in ~/.cache/clip_jax.
+
+    Raises:
+        UserError: there is no home folder.
+    """
+    return _folder(Path(os.environ.get(CACHE) or "~/.cache/clip_jax") / name)
 
 
 def _folder(folder: Path | None) -> Path:

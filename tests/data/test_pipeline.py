@@ -13,11 +13,18 @@ from tiny_tokenizers import BOS, EOS, PAD, few_words
 
 from clip_jax import tokenizer
 from clip_jax.architecture import Preprocess, Tokenize
-from clip_jax.data.pipeline import HostBatch, Order, TrainingPairs, evaluation_batches, randomness, training_batches
+from clip_jax.data.pipeline import (
+    EvaluationRows,
+    HostBatch,
+    Order,
+    TrainingPairs,
+    evaluation_batches,
+    randomness,
+    training_batches,
+)
 from clip_jax.data.problems import Problem
 from clip_jax.data.sources import Inventory, Record, open_source
 from clip_jax.data.transforms import Augmentation, training_crop
-from clip_jax.errors import UserError
 from clip_jax.typing import Batch
 
 GLOBAL = 8  # pairs a batch
@@ -32,6 +39,7 @@ class Memory:
     name: str = "memory"
     split: str = "train"
     classnames: tuple[str, ...] = ()
+    templates: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return self.length
@@ -232,23 +240,37 @@ def test_training_crops_as_the_models_preprocessing_says():
 # --- evaluation ---
 
 
-def test_evaluation_reads_every_record_once_in_order():
+def evaluated(source, **options) -> list[EvaluationRows]:
+    return list(evaluation_batches(source, image_size=8, preprocess=Preprocess(), **options))
+
+
+def test_evaluation_reads_every_record_once_in_order_and_fills_up_the_last_batch():
     source = Memory(10)
-    batches = list(evaluation_batches(source, image_size=8, preprocess=Preprocess(), batch=4))
-    assert [images.shape for images, _ in batches] == [(4, 8, 8, 3), (4, 8, 8, 3), (2, 8, 8, 3)]
-    assert [record for _, part in batches for record in part] == [source[i] for i in range(10)]
-    assert all(image.any() for images, _ in batches for image in images)
+    batches = evaluated(source, global_batch=4)
+    assert [rows.image.shape for rows in batches] == [(4, 8, 8, 3)] * 3
+    assert [i for rows in batches for i in rows.index] == [*range(10), -1, -1]
+    records = [record for rows in batches for record in rows.records]
+    assert records == [source[i]._replace(image=b"") for i in range(10)] + [None, None]
+    assert [image.any() for rows in batches for image in rows.image] == [True] * 10 + [False] * 2
+    assert not np.concatenate([rows.problem for rows in batches]).any()
 
 
 @pytest.mark.parametrize("batch", [1, 3, 10, 64])
-def test_evaluation_does_not_depend_on_the_batch(batch):
-    found = [images for images, _ in evaluation_batches(Memory(10), image_size=8, preprocess=Preprocess(), batch=batch)]
-    reference = [
-        images for images, _ in evaluation_batches(Memory(10), image_size=8, preprocess=Preprocess(), batch=10)
-    ]
-    np.testing.assert_array_equal(np.concatenate(found), np.concatenate(reference))
+def test_evaluation_does_not_depend_on_the_batch_or_on_who_reads_it(batch):
+    [reference] = evaluated(Memory(10), global_batch=10)
+    found = evaluated(Memory(10), global_batch=batch)
+    np.testing.assert_array_equal(np.concatenate([rows.image for rows in found])[:10], reference.image)
+    mine = range(0, batch, 2)
+    hosts = evaluated(Memory(10), global_batch=batch, rows=mine)
+    for host, whole in zip(hosts, found, strict=True):
+        assert host.records == [whole.records[row] for row in mine]
+        for part, of in ((host.image, whole.image), (host.index, whole.index), (host.problem, whole.problem)):
+            np.testing.assert_array_equal(part, of[list(mine)])
 
 
-def test_evaluation_of_an_image_that_cannot_be_read_names_it():
-    with pytest.raises(UserError, match="image 6 of memory:train cannot be read"):
-        list(evaluation_batches(Memory(10, damaged=(6,)), image_size=8, preprocess=Preprocess(), batch=4))
+def test_an_image_that_cannot_be_read_is_a_row_with_a_problem():
+    [rows] = evaluated(Memory(10, damaged=(6,)), global_batch=10)
+    assert rows.records[6] is None
+    assert not rows.image[6].any()
+    assert rows.problem.tolist() == [Problem.DAMAGED if i == 6 else 0 for i in range(10)]
+    assert rows.index.tolist() == list(range(10))

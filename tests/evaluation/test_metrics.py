@@ -6,16 +6,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from clip_jax import sharding
 from clip_jax.config import MeshConfig
 from clip_jax.evaluation import retrieval, zero_shot
+from clip_jax.evaluation.encode import encode_texts
+
+
+def predictions(best, labels, classes: int) -> zero_shot.Predictions:
+    n = len(labels)
+    best, labels = np.array(best, np.int32), np.array(labels, np.int32)
+    return zero_shot.Predictions(best, labels, np.ones(n, np.float32), np.arange(n), classes)
 
 
 def test_classification_metrics_equal_counting_by_hand():
-    scores = np.array([[0.9, 0.1, 0.0], [0.2, 0.3, 0.1], [0.5, 0.4, 0.1], [0.0, 0.1, 0.8]])
-    labels = np.array([0, 1, 1, 2])
-    found = zero_shot.metrics(zero_shot.Predictions(scores, labels))
+    found = zero_shot.metrics(predictions([[0, 1, 2], [1, 0, 2], [0, 1, 2], [2, 1, 0]], [0, 1, 1, 2], classes=3))
     assert found["acc1"] == 3 / 4
     assert found["mean_per_class_recall"] == pytest.approx((1 + 1 / 2 + 1) / 3)
     assert math.isnan(found["acc5"]), "under five classes there is no acc5"
@@ -25,7 +31,8 @@ def test_acc5_equals_sorting_every_row():
     random = np.random.default_rng(0)
     scores, labels = random.normal(size=(200, 9)), random.integers(0, 9, 200)
     expected = np.mean([label in np.argsort(-row)[:5] for row, label in zip(scores, labels, strict=True)])
-    assert zero_shot.metrics(zero_shot.Predictions(scores, labels))["acc5"] == expected
+    best = np.argsort(-scores, axis=1)[:, :5]
+    assert zero_shot.metrics(predictions(best, labels, classes=9))["acc5"] == expected
 
 
 def sorted_ranks(txt: np.ndarray, img: np.ndarray, image_of_text: np.ndarray) -> retrieval.Ranks:
@@ -68,26 +75,15 @@ def test_a_collapsed_model_to_which_all_is_equal_finds_what_chance_finds():
     found = retrieval.metrics(retrieval.ranks(same, same, np.arange(20)))
     for way in ("image", "text"):
         assert [found[f"{way}_retrieval_recall@{k}"] for k in (1, 5, 10)] == [1 / 20, 5 / 20, 10 / 20]
-    chance = zero_shot.metrics(zero_shot.Predictions(np.ones((20, 20)), np.arange(20)))
+    _, best, _ = zero_shot._scored(jnp.ones((20, 4)), jnp.ones((20, 4)), jnp.ones(()))
+    chance = zero_shot.metrics(predictions(best, np.arange(20), classes=20))
     assert (chance["acc1"], chance["acc5"]) == (1 / 20, 5 / 20)
 
 
-class TwoWords:
-    """An encoder whose embedding of a text is its length and its first letter."""
-
-    pretrained = "nowhere"
-
-    def tokenize(self, texts, truncate=False):
-        return np.array([[len(text), ord(text[0])] for text in texts], np.int32)
-
-    def encode_text(self, tokens):
-        return jnp.asarray(tokens, jnp.float32) + 1e-3  # padding has a direction, too
-
-
-def test_a_class_is_the_normalised_mean_of_its_normalised_prompts():
-    names, templates = ["cat", "horse"], ["a {}", "the {}!", "{}"]
-    found = zero_shot.classifier(TwoWords(), names, templates)
-    for row, name in zip(found, names, strict=True):
-        prompts = np.array([[len(t.format(name)), ord(t.format(name)[0])] for t in templates]) + 1e-3
-        mean = (prompts / np.linalg.norm(prompts, axis=1, keepdims=True)).mean(axis=0)
-        np.testing.assert_allclose(row, mean / np.linalg.norm(mean), rtol=1e-6)
+def test_a_class_is_the_normalised_mean_of_its_normalised_prompts_of_which_it_may_have_any_number(monkeypatch):
+    monkeypatch.setattr(zero_shot, "PROMPTS", 4)  # encoded at once: a class more than that at a time
+    model, prompts = tiny.model(), [["a cat", "the cat!"], ["horse"], ["a", "b", "c", "d", "e"], ["dog", "a dog"]]
+    found = zero_shot.classifier(model, prompts)
+    for row, sentences in zip(found, prompts, strict=True):
+        mean = encode_texts(model, sentences).mean(axis=0)
+        np.testing.assert_allclose(row, mean / np.linalg.norm(mean), rtol=1e-5, atol=1e-6)

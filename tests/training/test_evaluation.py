@@ -6,12 +6,12 @@ import jax
 import pytest
 import shards
 
-import clip_jax
-from clip_jax import distributed
+from clip_jax import distributed, pretrained, sharding
 from clip_jax.config import Config, DataConfig, EvaluationConfig, MeshConfig, ModelConfig, OptimConfig
 from clip_jax.data.sources import open_source
 from clip_jax.errors import UserError
-from clip_jax.evaluation.run import TASKS
+from clip_jax.evaluation.on_mesh import OnMesh
+from clip_jax.evaluation.tasks import TASKS
 from clip_jax.training.loop import train
 from clip_jax.training.step_lines import read_lines
 
@@ -38,10 +38,10 @@ def test_a_run_finds_what_its_last_checkpoint_gives_to_eval(sizes, data_dir, tmp
     train(config(data_dir, mesh=MeshConfig(*sizes)), tmp_path, devices=devices)
     lines = {line["step"]: line for line in read_lines(tmp_path / "metrics.jsonl")}
     assert {step: f"{DIGITS}/acc1" in line for step, line in lines.items()} == {1: False, 4: True, 5: False, 6: True}
-    model, _ = clip_jax.load(tmp_path)
+    model = OnMesh.of(pretrained.read(tmp_path), sharding.make_mesh(MeshConfig(), jax.devices()[:1]))
     for task, spec in (("zeroshot_classification", SCANS), ("zeroshot_retrieval", f"{SCANS}[:100]")):
         source = open_source(spec, data_dir=str(data_dir), default_split="test", needs=("image", "label", "captions"))
-        expected = TASKS[task](model, source).metrics
+        expected = TASKS[task].run(model, source).metrics
         name = f"{source.name}_{source.split}_{task}"
         assert {metric: lines[6][f"{name}/{metric}"] for metric in expected} == pytest.approx(expected, abs=1e-9)
         for step in (4, 6):
@@ -66,7 +66,7 @@ def test_the_checkpoint_where_a_metric_was_highest_stays(data_dir, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"evaluation": EvaluationConfig("linear=tfds:captioned_digits")}, "unknown task 'linear'; there are"),
+        ({"evaluation": EvaluationConfig("zero=tfds:captioned_digits")}, "unknown task 'zero'; there are"),
         ({"evaluation": EvaluationConfig("zeroshot_retrieval=tfds:captioned_digit")}, "captioned_digits"),
         (
             {"keep_best": f"{DIGITS}/acc1", "evaluation": EvaluationConfig()},
