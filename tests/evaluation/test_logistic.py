@@ -72,7 +72,8 @@ def test_the_objective_is_half_the_squares_and_c_times_the_cross_entropies_whate
         assert logistic.objective(linear, features, labels, 0.7) == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.full), 8])
+@pytest.mark.full
+@pytest.mark.parametrize("devices", [1, 8])
 def test_the_devices_come_to_scikit_learns_optimum(devices, monkeypatch):
     force("devices", monkeypatch)
     features, labels = scans()

@@ -207,6 +207,14 @@ def test_a_suite_is_read_and_its_data_sets_opened(tmp_path, data_dir):
     )
 
 
+def test_what_counts_in_an_average_must_be_asked_for():
+    suite.check_averaged([evaluation(), evaluation(RETRIEVAL), evaluation(PROBE)])
+    with pytest.raises(
+        UserError, match="would have no image_retrieval_recall@1 to average: ask for it with --recall_k"
+    ):
+        suite.check_averaged([evaluation(), evaluation(RETRIEVAL, recalls=(5,))])
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [

@@ -22,7 +22,6 @@ NO_DATASET = {"dataset": [], "task": "auto"}
         ({"suite": "nowhere.json"}, "--dataset is missing (any number of them), or --suite=FILE: one of the two"),
         ({"suite": "nowhere.json"} | NO_DATASET, "nowhere.json cannot be read"),
         ({"suite": "nowhere.json", "dataset": []}, "--task says nothing with --suite: its file says that of each"),
-        ({"suite": "examples/suite.json", "recall_k": ["5"]} | NO_DATASET, "to average: ask for it with --recall_k"),
         ({"train": "folder:x"}, "--train says nothing with --task=zeroshot_retrieval: it is for linear_probe"),
         ({"task": "linear_probe", "fewshot_k": 0}, "fewshot_k=0 should be examples a class, 1 or more, or -1 for all"),
         ({"task": "linear_probe", "seed": -1}, "seed=-1 should be at least 0"),
