@@ -25,9 +25,12 @@ import rich.console
 import rich.table
 from PIL import Image
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from in_memory import InMemory
+
 from clip_jax import sharding
 from clip_jax.config import MeshConfig
-from clip_jax.data.sources import Inventory, Record
+from clip_jax.data.sources import Record
 from clip_jax.evaluation import retrieval, zero_shot
 from clip_jax.evaluation.on_mesh import OnMesh
 from clip_jax.evaluation.tasks import TASKS
@@ -143,10 +146,10 @@ def ranks(rounds: int) -> tuple[dict[str, list[float]], float]:
     return taken, memory
 
 
-class Pictures:
+class Pictures(InMemory):
     """As many pictures as wanted, of a few files."""
 
-    name, split, classnames, templates = "pictures", "test", tuple(f"class {i}" for i in range(10)), ()
+    classnames = tuple(f"class {i}" for i in range(10))
 
     def __init__(self, length: int):
         self._length, self._files = length, []
@@ -160,15 +163,6 @@ class Pictures:
 
     def __getitem__(self, index: int) -> Record:
         return Record(self._files[index % 16], (), index % 10, str(index))
-
-    def shard_of(self, index: int) -> str:
-        return "memory"
-
-    def fingerprint(self) -> dict:
-        return {}
-
-    def inventory(self) -> Inventory:
-        return Inventory(shards=1)
 
 
 def memory() -> list[tuple[int, float, float]]:
@@ -218,10 +212,9 @@ def main() -> None:
     else:
         import tempfile
 
-        sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-        from oracles import open_clip as load
+        import oracles
 
-        load()
+        oracles.open_clip()
         with tempfile.TemporaryDirectory() as folder:
             taken = classifier(asked.rounds, Path(folder) / "model")
         title = f"classifier of {CLASSES:,} classes × {len(TEMPLATES)} templates, text tower {WIDTH} wide"

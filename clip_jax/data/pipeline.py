@@ -218,11 +218,8 @@ def evaluation_batches(
     preprocess: Preprocess,
     global_batch: int,
     rows: Sequence[int] | None = None,
-    num_threads: int | None = None,
 ) -> Iterator[EvaluationRows]:
     """Yields this host's rows of every batch, in the order of the source; None: all of them, as a lone host has.
-
-    `num_threads` read and decode; None: as many as there are cores, at most 16.
 
     The last batch is filled up. An image that cannot be read is a row with a problem, in its place.
 
@@ -230,7 +227,6 @@ def evaluation_batches(
         UserError: what a record says does not go with what its data set says.
     """
     rows = range(global_batch) if rows is None else rows
-    num_threads = min(os.cpu_count() or 1, MAX_THREADS) if num_threads is None else num_threads
     nothing = np.zeros((image_size, image_size, 3), np.uint8)
 
     def load(position: int) -> tuple[UInt8[np.ndarray, "H W C"], Record | None, int, Problem]:
@@ -252,7 +248,8 @@ def evaluation_batches(
 
     batches = -(-len(source) // global_batch)
     dataset = grain.MapDataset.range(batches * len(rows)).map(load)
-    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * len(rows))
+    threads = min(os.cpu_count() or 1, MAX_THREADS)
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * len(rows))
     loaded = iter(dataset.to_iter_dataset(options))
     while part := list(itertools.islice(loaded, len(rows))):
         images, records, index, problems = zip(*part, strict=True)

@@ -12,7 +12,6 @@ import collections
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import itertools
 import json
 import re
@@ -33,6 +32,7 @@ from clip_jax.evaluation.chunks import Chunks
 from clip_jax.evaluation.encode import Images, Part, encode_texts, finite
 from clip_jax.evaluation.on_mesh import FEATURES, OnMesh
 from clip_jax.evaluation.progress import say
+from clip_jax.evaluation.tasks import digest
 from clip_jax.files import children, read_json, whole, write_text
 from clip_jax.typing import Float
 
@@ -109,11 +109,9 @@ def _check(folder: Path, feature: str, chunk: int) -> None:
 
 def _facts(model: OnMesh, source: Source, feature: str, chunk: int) -> dict[str, Any]:
     """Returns whose features these are: chunks of others are none of theirs."""
-    data = hashlib.sha256(json.dumps(source.fingerprint(), sort_keys=True).encode()).hexdigest()
-    weights = model.fingerprint and hashlib.sha256(model.fingerprint.encode()).hexdigest()
     facts = {"model": model.name, "pretrained": model.pretrained, "dataset": source.name, "split": source.split}
     facts |= {"feature": feature, "dtype": "float32", "records": len(source), "chunk": chunk}
-    return facts | {"weights": weights and weights[:16], "data": data[:16]}
+    return facts | {"weights": model.fingerprint, "data": digest(source.fingerprint())}
 
 
 def _begun(place: Place, facts: dict[str, Any]) -> tuple[list[int | None], Layout | None]:

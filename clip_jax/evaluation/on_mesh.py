@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from clip_jax import sharding
+from clip_jax import compiled, sharding
 from clip_jax.architecture import Architecture
 from clip_jax.models.clip import Definition, Weights, l2_normalise, normalise_pixels
 from clip_jax.models.text import pooled_at
@@ -25,7 +25,7 @@ from clip_jax.typing import Float, Int, UInt8
 from clip_jax.weights.bundle import Bundle
 
 BATCH = 64  # images or texts a device and call, as in CLIP_benchmark
-TEXT_LENGTHS = (16, 24, 32, 48)  # tokens that calls are compiled for, beside the context length
+TEXT_LENGTHS = compiled.TEXT_LENGTHS[max(compiled.BATCH_SIZES)]  # that calls are compiled for, beside the context's
 
 # What is made of an image: its embedding, L2-normalised; that before it is normalised; what the projection gets (of a
 # ResNet, whose attention pool projects, and of a tower without a projection that is the embedding).

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 from clip_jax.data.sources import Source
 from clip_jax.errors import UserError, about, nearest
-from clip_jax.evaluation.progress import say
 from clip_jax.files import read_json
 from clip_jax.weights.download import Release, cache, fetch
 
@@ -53,6 +52,7 @@ class Prompts(NamedTuple):
     classnames: tuple[str, ...]
     templates: tuple[str, ...] | Mapping[str, Sequence[str]]  # sentences with {c}, or by class name its own
     sentences: tuple[tuple[str, ...], ...]  # by class
+    notes: tuple[str, ...] = ()  # where something else was taken than was looked for, for people
 
 
 def of(source: Source, classnames: str | None = None, templates: str | None = None) -> Prompts:
@@ -66,9 +66,10 @@ def of(source: Source, classnames: str | None = None, templates: str | None = No
         UserError: no such file or entry; class names that do not match the data set's in number; a template without
             {c} or {}; a class without a sentence.
     """
-    names = source.classnames
+    names, notes = source.classnames, []
     if classnames is not None:
-        names = _said(classnames, CLASSNAMES_FILES, source, names)
+        names, note = _said(classnames, CLASSNAMES_FILES, source, names)
+        notes += note
         if source.classnames and len(names) != len(source.classnames):
             raise UserError(
                 f"--classnames={classnames} has {len(names)} for {source.name}, whose labels are of "
@@ -81,9 +82,10 @@ def of(source: Source, classnames: str | None = None, templates: str | None = No
         )
     said = source.templates or TEMPLATES.get(source.name, GENERIC)
     if templates is not None:
-        said = _said(templates, TEMPLATE_FILES, source, (), USUAL)
+        said, note = _said(templates, TEMPLATE_FILES, source, (), USUAL)
+        notes += note
     with about(f"the templates of {templates or source.name}"):
-        return Prompts(tuple(names), said, tuple(_sentences(name, said) for name in names))
+        return Prompts(tuple(names), said, tuple(_sentences(name, said) for name in names), tuple(notes))
 
 
 def _few(names: Sequence[str]) -> str:
@@ -103,8 +105,9 @@ def _sentences(name: str, templates: Sequence[str] | Mapping[str, Sequence[str]]
 
 def _said(
     given: str, published: Mapping[str, Release], source: Source, otherwise: Sequence[str], usual: str | None = None
-) -> tuple[str, ...] | dict[str, list[str]]:
-    """Returns what a file says of a data set: under its name, what follows its last "/", or the usual one's name.
+) -> tuple[tuple[str, ...] | dict[str, list[str]], list[str]]:
+    """Returns what a file says of a data set: under its name, what follows its last "/", or the usual one's name; and
+    a note where it is not the first.
 
     Raises:
         UserError: it says nothing of it, and there is nothing otherwise; or it is no such file.
@@ -122,10 +125,9 @@ def _said(
         found = otherwise if entry is None else content[entry]
         if not found:
             raise UserError(f"has nothing for {keys[0]!r}{nearest(keys[0], content)}; {given}:KEY names another entry")
-    if entry != keys[0]:
-        taken = "the data set's own" if entry is None else f"that of {entry!r}"
-        say(f"{given} has nothing for {source.name!r}: {taken} is taken")
-    return found if isinstance(found, dict) else tuple(found)
+    taken = "the data set's own" if entry is None else f"that of {entry!r}"
+    note = [] if entry == keys[0] else [f"{given} has nothing for {keys[0]!r}: {taken} is taken"]
+    return found if isinstance(found, dict) else tuple(found), note
 
 
 def _is_said(value: Any) -> bool:

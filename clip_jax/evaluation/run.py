@@ -162,7 +162,8 @@ def _done_before(model: OnMesh, evaluation: Evaluation, file: AnyPath) -> dict |
     said = found
     if _asked_file(file).exists():
         asked |= _asked(model, evaluation)
-        said = found | read_json(_asked_file(file))
+        beside = read_json(_asked_file(file))
+        said = found | (beside if isinstance(beside, dict) else {})
     differs = [
         f"{key} was {said.get(key)!r} and is {value!r}" for key, value in asked.items() if said.get(key) != value
     ]

@@ -107,7 +107,7 @@ def open_all(
                 _check_apart(test, validation, "validation")
                 changes |= {"train": train, "validation": validation}
             evaluation = Evaluation(task, test, dataclasses.replace(options, **changes), one.main)
-            known = task_of(task).names(evaluation.options)
+            known = task_of(task).metrics(evaluation.options)
             if unknown := [name for name in one.main if name not in known]:
                 raise UserError(f"{unknown[0]!r} is no metric of {task}{nearest(unknown[0], known)}")
         return evaluation
@@ -132,7 +132,7 @@ def _check_apart(test: Source, other: Source | None, flag: str) -> None:
 def check_averaged(evaluations: Sequence[Evaluation]) -> None:
     """Raises UserError where an evaluation would not find the metrics that count in the average."""
     for one in evaluations:
-        if missing := set(one.counts) - set(task_of(one.task).names(one.options)):
+        if missing := set(one.counts) - set(task_of(one.task).metrics(one.options)):
             raise UserError(f"{one.name} would have no {min(missing)} to average: ask for it with --recall_k")
 
 

@@ -18,7 +18,7 @@ from clip_jax.evaluation import prompts, retrieval, zero_shot
 from clip_jax.evaluation.encode import Images, encode_texts, finite
 from clip_jax.evaluation.linear_probe import Labelled
 from clip_jax.evaluation.on_mesh import OnMesh
-from clip_jax.evaluation.progress import progress
+from clip_jax.evaluation.progress import progress, say
 from clip_jax.evaluation.zero_shot import Predictions
 from clip_jax.typing import Int
 
@@ -81,14 +81,12 @@ class Result(NamedTuple):
 
 
 def zeroshot_classification(
-    model: OnMesh,
-    source: Source,
-    options: Options = DEFAULTS,
-    *,
-    shows: bool = True,
+    model: OnMesh, source: Source, options: Options = DEFAULTS, *, shows: bool = True
 ) -> Result:
     """Returns how well the images are classified by their class names, with an ensemble of prompts."""
     asked = prompts.of(source, options.classnames, options.templates)
+    for note in asked.notes:
+        say(note)
     class_CE = zero_shot.cached_classifier(model, asked.sentences, options.cache, shows=shows)
     images = Images(model, source, shows=shows)
     found, shown = zero_shot.classify(images, class_CE)
@@ -100,13 +98,7 @@ def zeroshot_classification(
     return Result(zero_shot.metrics(found), len(found.labels), left_out(images), found, **known)
 
 
-def zeroshot_retrieval(
-    model: OnMesh,
-    source: Source,
-    options: Options = DEFAULTS,
-    *,
-    shows: bool = True,
-) -> Result:
+def zeroshot_retrieval(model: OnMesh, source: Source, options: Options = DEFAULTS, *, shows: bool = True) -> Result:
     """Returns how often texts find their image, and images one of their texts."""
     images = Images(model, source, shows=shows)
     parts = [(model.gathered(part.features)[part.rows], part.index, part.records) for part in images]
@@ -126,13 +118,7 @@ def zeroshot_retrieval(
     return Result(metrics, len(index), left_out(images), found, matches=tuple(matches))
 
 
-def linear_probe(
-    model: OnMesh,
-    source: Source,
-    options: Options = DEFAULTS,
-    *,
-    shows: bool = True,
-) -> Result:
+def linear_probe(model: OnMesh, source: Source, options: Options = DEFAULTS, *, shows: bool = True) -> Result:
     """Returns how well a linear classifier of the image features does that was trained on `options.train`.
 
     Raises:
@@ -236,29 +222,23 @@ class Task(NamedTuple):
 
     run: Callable[..., Result]
     needs: tuple[str, ...]
-    metrics: tuple[str, ...]  # by their names in results, as long as nobody asks for others
+    metrics: Callable[[Options], tuple[str, ...]]  # by their names in results
     main: tuple[str, ...]  # of which the mean stands for the task in an average
     asked: Callable[[Source, Options], dict[str, Any]]  # what its result depends on beside the model and the data
-
-    def names(self, options: Options) -> tuple[str, ...]:
-        """Returns the metrics by their names in results."""
-        if self.metrics is not retrieval.METRICS:
-            return self.metrics
-        return tuple(f"{way}_retrieval_recall@{k}" for k in options.recalls for way in ("image", "text"))
 
 
 TASKS = {
     "zeroshot_classification": Task(
-        zeroshot_classification, ("image", "label"), zero_shot.METRICS, ("acc1",), _of_prompts
+        zeroshot_classification, ("image", "label"), lambda _: zero_shot.METRICS, ("acc1",), _of_prompts
     ),
     "zeroshot_retrieval": Task(
         zeroshot_retrieval,
         ("image", "captions"),
-        retrieval.METRICS,
+        lambda options: retrieval.names(options.recalls),
         ("image_retrieval_recall@1", "text_retrieval_recall@1"),
         _of_recalls,
     ),
-    "linear_probe": Task(linear_probe, ("image", "label"), probe.METRICS, ("lp_acc1",), _of_learning),
+    "linear_probe": Task(linear_probe, ("image", "label"), lambda _: probe.METRICS, ("lp_acc1",), _of_learning),
 }
 
 

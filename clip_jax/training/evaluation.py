@@ -32,7 +32,7 @@ def open_evaluations(config: Config) -> list[Evaluation]:
             f"keep_best={config.keep_best!r} is a metric of evaluation.tasks, which is not set: set it to what is to "
             "be measured, such as zeroshot_classification=tfds:captioned_digits:test, or leave keep_best out"
         )
-    known = [f"{one.name}/{metric}" for one in evaluations for metric in task_of(one.task).metrics]
+    known = [f"{one.name}/{metric}" for one in evaluations for metric in task_of(one.task).metrics(one.options)]
     if config.keep_best is not None and config.keep_best not in known:
         raise UserError(
             f"keep_best={config.keep_best!r} is no metric of evaluation.tasks{nearest(config.keep_best, known)}"
@@ -63,7 +63,7 @@ class RunEvaluation:
         self._model.pretrained = str(self._folder.checkpoints / str(step))
         scalars: dict[str, float] = {}
         for evaluation in self._evaluations:
-            name, metrics = evaluation.name, task_of(evaluation.task).metrics
+            name, metrics = evaluation.name, task_of(evaluation.task).metrics(evaluation.options)
             file = self._folder.evaluation(step) / f"{name}.json"
             try:
                 found = run.evaluate(self._model, evaluation, file, draws=False, shows=False).result.metrics

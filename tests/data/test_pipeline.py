@@ -4,10 +4,10 @@ import dataclasses
 import io
 import itertools
 import pickle
-from typing import Any
 
 import numpy as np
 import pytest
+from in_memory import InMemory
 from PIL import Image
 from tiny_tokenizers import BOS, EOS, PAD, few_words
 
@@ -23,7 +23,7 @@ from clip_jax.data.pipeline import (
     training_batches,
 )
 from clip_jax.data.problems import Problem
-from clip_jax.data.sources import Inventory, Record, open_source
+from clip_jax.data.sources import Record, open_source
 from clip_jax.data.transforms import Augmentation, training_crop
 from clip_jax.typing import Batch
 
@@ -31,15 +31,11 @@ GLOBAL = 8  # pairs a batch
 
 
 @dataclasses.dataclass(frozen=True)
-class Memory:
+class Memory(InMemory):
     """A source of noise, every image apart; those in `damaged` cannot be decoded."""
 
     length: int
     damaged: tuple[int, ...] = ()
-    name: str = "memory"
-    split: str = "train"
-    classnames: tuple[str, ...] = ()
-    templates: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return self.length
@@ -49,15 +45,6 @@ class Memory:
         Image.fromarray(np.random.default_rng(index).integers(0, 256, (12, 9, 3), np.uint8)).save(file, "PNG")
         image = file.getvalue()[:60] if index in self.damaged else file.getvalue()
         return Record(image, (f"number {index}", f"a picture of {index}", f"{index}"), None)
-
-    def fingerprint(self) -> dict[str, Any]:
-        return {"length": self.length}
-
-    def shard_of(self, index: int) -> str:
-        return f"shard {index // 10}"
-
-    def inventory(self) -> Inventory:
-        return Inventory(shards=1)
 
 
 def pairs_of(source, *, seed: int = 0, rows=range(GLOBAL), first: int = 0, steps: int = 7) -> TrainingPairs:

@@ -11,10 +11,10 @@ import io
 import warnings
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import pytest
+from in_memory import InMemory
 from oracles import open_clip, require, transformers
 from pictures import KINDS, MODES, SHAPES, compose, drawn, encoded
 from PIL import Image
@@ -23,7 +23,7 @@ from clip_jax.api import ImagePreprocess
 from clip_jax.architecture import INTERPOLATIONS, RESIZES, Preprocess
 from clip_jax.data import transforms
 from clip_jax.data.pipeline import evaluation_batches
-from clip_jax.data.sources import Inventory, Record
+from clip_jax.data.sources import Record
 from clip_jax.errors import UserError
 from clip_jax.models.clip import normalise_pixels
 from clip_jax.models.variants import VARIANTS
@@ -86,29 +86,16 @@ def hugging_faces(image: Image.Image, size: int, preprocess: Preprocess, backend
 
 
 @dataclasses.dataclass(frozen=True)
-class OneImage:
+class OneImage(InMemory):
     """A source of one record."""
 
     data: bytes
-    name: str = "one"
-    split: str = "test"
-    classnames: tuple[str, ...] = ()
-    templates: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return 1
 
     def __getitem__(self, index: int) -> Record:
         return Record(self.data, ("a picture",), None)
-
-    def shard_of(self, index: int) -> str:
-        return "one"
-
-    def fingerprint(self) -> dict[str, Any]:
-        return {}
-
-    def inventory(self) -> Inventory:
-        return Inventory(shards=1)
 
 
 FAMILIES = {

@@ -3,16 +3,17 @@
 import io
 
 import numpy as np
+from in_memory import InMemory
 from PIL import Image
 
 from clip_jax.data.problems import BadRecord, Problem
-from clip_jax.data.sources import Inventory, Record
+from clip_jax.data.sources import Record
 
 
-class Noise:
+class Noise(InMemory):
     """Random images: as many captions and labels as are wanted, and some that cannot be read."""
 
-    templates = ()
+    name = "noise"
 
     def __init__(
         self,
@@ -24,7 +25,7 @@ class Noise:
         classnames: tuple[str, ...] = ("a", "b", "c"),
         size: tuple[int, int] = (20, 20),
     ):
-        self.name, self.split, self.classnames = "noise", "test", classnames if labels else ()
+        self.classnames = classnames if labels else ()
         self.bad, self.asked = bad, []
         self._length, self._captions, self._labels, self._size = length, captions, labels, size
 
@@ -43,11 +44,5 @@ class Noise:
         label = index % len(self.classnames) if self._labels else None
         return Record(file.getvalue(), captions, label, f"{index:03d}" if index % 2 else "")
 
-    def shard_of(self, index: int) -> str:
-        return "memory"
-
     def fingerprint(self) -> dict:
-        return {"source": "noise", "records": len(self), "captions": self._captions, "labels": self._labels}
-
-    def inventory(self) -> Inventory:
-        return Inventory(shards=1)
+        return super().fingerprint() | {"captions": self._captions, "labels": self._labels}

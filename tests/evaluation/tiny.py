@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from in_memory import InMemory
 from PIL import Image
 
 from clip_jax import sharding
@@ -38,13 +39,13 @@ def model(devices: int = 1, *, seed: int = 0, batch_size: int = 4, **options: An
 
 
 @dataclasses.dataclass(frozen=True)
-class Memory:
+class Memory(InMemory):
     """Pictures whose colour goes by their class, with noise; those in `damaged` cannot be decoded."""
 
     length: int
     damaged: tuple[int, ...] = ()
-    name: str = "memory"
-    split: str = "test"
+    name: str = InMemory.name
+    split: str = InMemory.split
     classnames: tuple[str, ...] = CLASSNAMES
     templates: tuple[str, ...] = ()
     left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)
@@ -64,12 +65,6 @@ class Memory:
         image = file.getvalue()[:60] if index in self.damaged else file.getvalue()
         captions = tuple(f"picture {index} in {n} words" for n in range(1 + index % self.captions))
         return Record(image, captions, self.label(index), f"id {index}")
-
-    def fingerprint(self) -> dict[str, Any]:
-        return {"length": self.length, "split": self.split}
-
-    def shard_of(self, index: int) -> str:
-        return "memory"
 
     def inventory(self) -> Inventory:
         return Inventory(shards=1, left_out=dict(self.left_out))
