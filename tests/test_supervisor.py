@@ -62,23 +62,25 @@ def test_a_process_that_nobody_joins_says_where_it_waited_for_how_many():
     assert "3 s were waited for 3 processes at 127.0.0.1:" in errors
 
 
-@pytest.mark.parametrize(
-    ("number", "code", "words"),
-    [
-        (signal.SIGINT, 130, "interrupted"),
-        (signal.SIGTERM, 143, "stopped by SIGTERM; There is no checkpoint yet"),
-    ],
-)
-def test_who_waits_for_others_can_be_interrupted(number, code, words):
-    block = ALONE.replace("GATHERING = 3", "GATHERING = 300").format(
-        port=free_port(), block="pass", workdir="nowhere", processes=2, process=1
-    )
-    process = start(["-c", f"print(flush=True)\n{block}"])
-    process.stdout.readline()
-    time.sleep(10)  # jax is imported, and waits
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    assert (process.returncode, errors.strip().splitlines()[-1][: len(words)]) == (code, words)
+def test_who_waits_for_others_can_be_interrupted():
+    ends = {
+        signal.SIGINT: (130, "interrupted"),
+        signal.SIGTERM: (143, "stopped by SIGTERM; There is no checkpoint yet"),
+    }
+    waiting = {}
+    for number in ends:
+        block = ALONE.replace("GATHERING = 3", "GATHERING = 300").format(
+            port=free_port(), block="pass", workdir="nowhere", processes=2, process=1
+        )
+        waiting[number] = start(["-c", f"print(flush=True)\n{block}"])
+    for process in waiting.values():
+        process.stdout.readline()
+    time.sleep(10)  # jax is imported, and they wait
+    for number, process in waiting.items():
+        process.send_signal(number)
+    for number, (code, words) in ends.items():
+        _, errors = waiting[number].communicate(timeout=60)
+        assert (waiting[number].returncode, errors.strip().splitlines()[-1][: len(words)]) == (code, words)
 
 
 HEARD = """

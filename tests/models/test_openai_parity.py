@@ -1,6 +1,6 @@
 """OpenAI's nine models against OpenAI's own code: from a file of random weights to features and logits.
 
-At full size as they are used, by `load` from an archive such as OpenAI releases: RN50 and ViT-B/32 always, the others
+At full size as they are used, by `load` from an archive such as OpenAI releases: ViT-B/32 always, the others
 with `make test-full`. In bfloat16, and where they are narrowed, by the program that is trained, which scans the blocks.
 A narrowed model keeps what makes it itself: the kind of tower, the patch, the depths of the stages, heads 64 wide.
 """
@@ -25,7 +25,7 @@ from clip_jax.weights import openai
 from clip_jax.weights.download import RELEASES
 from clip_jax.weights.mapping import unflatten
 
-ALWAYS = ("RN50", "ViT-B/32")
+ALWAYS = ("ViT-B/32",)
 
 
 def narrowed(architecture: Architecture) -> Architecture:
