@@ -21,9 +21,11 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import peers
 import rich.console
 import rich.table
 from PIL import Image
+from side_by_side import OURS, in_turns
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from in_memory import InMemory
@@ -50,17 +52,6 @@ PAIRS, EMBED_DIM = 50_000, 512
 EVALUATED = 200_000
 
 
-def in_turns(jobs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Returns the seconds that each job took, one after the other, but for a first round."""
-    taken = {name: [] for name in jobs}
-    for _ in range(rounds + 1):
-        for name, job in jobs.items():
-            start = time.perf_counter()
-            job()
-            taken[name].append(time.perf_counter() - start)
-    return {name: seconds[1:] for name, seconds in taken.items()}
-
-
 def narrowed() -> Bundle:
     """Returns ViT-B/32 with random weights, a narrow text tower and hardly an image tower."""
     named = VARIANTS["ViT-B/32"]
@@ -70,14 +61,14 @@ def narrowed() -> Bundle:
     return Bundle(arch, flatten(jax.jit(Definition(arch).init)(jax.random.key(0))), "narrow", "random")
 
 
-def classifier(rounds: int, folder: Path) -> dict[str, list[float]]:
+def classifier(rounds: int, folder: Path, classes: int = CLASSES) -> dict[str, list[float]]:
     """Returns the seconds of both builders, whose classifiers are the same."""
-    import open_clip as peer
+    peer = peers.module("OpenCLIP")
     import torch
     from open_clip.zero_shot_classifier import build_zero_shot_classifier
 
     random, bundle = np.random.default_rng(0), narrowed()
-    names = [" ".join(random.choice(WORDS, random.integers(1, 4))) + f" {i}" for i in range(CLASSES)]
+    names = [" ".join(random.choice(WORDS, random.integers(1, 4))) + f" {i}" for i in range(classes)]
     open_clip.write(folder, bundle)
     theirs = peer.create_model(f"local-dir:{folder}").eval()
     tokenizer = peer.get_tokenizer("ViT-B-32")
@@ -86,14 +77,14 @@ def classifier(rounds: int, folder: Path) -> dict[str, list[float]]:
     found = {}
 
     def our_builder() -> None:
-        found["ours"] = zero_shot.classifier(ours, prompts)
+        found[OURS] = zero_shot.classifier(ours, prompts)
 
     def their_builder() -> None:
         with torch.no_grad():
             found["OpenCLIP"] = build_zero_shot_classifier(theirs, tokenizer, names, TEMPLATES).T.numpy()
 
-    taken = in_turns({"ours": our_builder, "OpenCLIP": their_builder}, rounds)
-    difference = np.abs(found["ours"] - found["OpenCLIP"]).max()
+    taken = in_turns({OURS: our_builder, "OpenCLIP": their_builder}, rounds)
+    difference = np.abs(found[OURS] - found["OpenCLIP"]).max()
     assert difference < 1e-5, f"not the same classifier: {difference}"
     return taken
 
@@ -212,9 +203,6 @@ def main() -> None:
     else:
         import tempfile
 
-        import oracles
-
-        oracles.open_clip()
         with tempfile.TemporaryDirectory() as folder:
             taken = classifier(asked.rounds, Path(folder) / "model")
         title = f"classifier of {CLASSES:,} classes × {len(TEMPLATES)} templates, text tower {WIDTH} wide"

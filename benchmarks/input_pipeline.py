@@ -78,20 +78,27 @@ def alone(call: Callable, *arguments: Any) -> Any:
 
 
 def decoding(folder: Path) -> Iterator[Row]:
-    for short, bar, records in ((256, 1.4, 32 * BATCH), (640, 2.0, 12 * BATCH)):
-        place = folder / str(short)
-        place.mkdir()
-        training_shards.write(place, 4, records // 4, short, 256)
-        rates: tuple[list[float], list[float]] = [], []
-        with process() as ours, process() as theirs:
-            for _ in range(ROUNDS + 1):
-                rates[0].append(records / ours.submit(epoch_ours, place, records).result())
-                rates[1].append(records / theirs.submit(epoch_theirs, place, records).result())
-        found, other = (statistics.median(of_side[1:]) for of_side in rates)
-        ratios = [a / b for a, b in zip(*rates, strict=True)][1:]
+    for short, bar, batches in ((256, 1.4, 32), (640, 2.0, 12)):
+        seconds = decoding_seconds(folder, short, batches, ROUNDS)
+        rates = [[BATCH * batches / taken for taken in of_side] for of_side in seconds]
+        found, other = (statistics.median(of_side) for of_side in rates)
+        ratios = [a / b for a, b in zip(*rates, strict=True)]
         name, spread = f"JPEGs of {short} px, images/s of a core", f"{min(ratios):.2f}-{max(ratios):.2f}"
         ratio = found / other
         yield Row(name, f"{found:.0f}", f">= {bar} x", ratio >= bar, f"{other:.0f}", f"{ratio:.2f} ({spread})")
+
+
+def decoding_seconds(folder: Path, short: int, batches: int, rounds: int) -> tuple[list[float], list[float]]:
+    """Returns the seconds of our epochs and of OpenCLIP's over the same shards, in turns; a first round warms up."""
+    place, records = folder / str(short), BATCH * batches
+    place.mkdir()
+    training_shards.write(place, 4, records // 4, short, 256)
+    seconds: tuple[list[float], list[float]] = [], []
+    with process() as ours, process() as theirs:
+        for _ in range(rounds + 1):
+            seconds[0].append(ours.submit(epoch_ours, place, records).result())
+            seconds[1].append(theirs.submit(epoch_theirs, place, records).result())
+    return tuple(of_side[1:] for of_side in seconds)
 
 
 def epoch_ours(folder: Path, records: int) -> float:

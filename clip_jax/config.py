@@ -41,6 +41,9 @@ class ModelConfig(Checked):
     remat: str = "none"
     attention: str = "auto"  # whose kernels compute it; auto: cuDNN's on a GPU where they accept, XLA's elsewhere
     patch_dropout: float = 0.0  # share of an image's patches that a ViT does not see in training (arXiv 2212.00794)
+    # Such as "24;48": a step computes texts up to the first that holds the longest caption of its batch, with the same
+    # result; each is compiled. None: up to the context length.
+    caption_lengths: str | None = None
     logit_bias: bool | None = None  # trained by the sigmoid loss with a bias, not by softmax; None: as the variant was
     lora_rank: int | None = None  # of adapters in all blocks, which alone are trained (arXiv 2106.09685); None: without
     lora_alpha: float = 16.0  # what they add is alpha / rank times their product
@@ -50,10 +53,28 @@ class ModelConfig(Checked):
         """Returns the adapters that are trained."""
         return None if self.lora_rank is None else Lora(self.lora_rank, self.lora_alpha)
 
+    def text_lengths(self) -> list[int]:
+        """Returns the numbers of `caption_lengths`.
+
+        Raises:
+            UserError: they are not written so.
+        """
+        words = [] if self.caption_lengths is None else [word.strip() for word in self.caption_lengths.split(";")]
+        require(
+            all(re.fullmatch(r"[1-9]\d{0,5}", word) for word in words),
+            f"model.caption_lengths={self.caption_lengths!r} should be numbers of tokens, such as '24;48'",
+        )
+        return [int(word) for word in words]
+
     def check(self) -> None:
         words = (("compute_dtype", COMPUTE_DTYPES), ("remat", REMAT_POLICIES), ("attention", ATTENTION))
         for name, known in words:
             require_one_of(f"model.{name}", getattr(self, name), known)
+        lengths = self.text_lengths()
+        require(
+            lengths == sorted(set(lengths)),
+            f"model.caption_lengths={self.caption_lengths!r} must rise from each to the next",
+        )
         require(0 <= self.patch_dropout < 1, f"model.patch_dropout={self.patch_dropout} must be in [0, 1)")
         require(
             self.lora_rank is None or self.lora_rank > 0,
@@ -385,6 +406,7 @@ FREE_ON_RESUME = (
     "data.num_workers",
     "model.remat",
     "model.attention",
+    "model.caption_lengths",
     "model.tokenizer",  # what is in it may not
 )
 

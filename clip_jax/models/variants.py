@@ -264,10 +264,18 @@ def architecture(model: ModelConfig) -> Architecture:
 
 def check(model: ModelConfig, arch: Architecture) -> None:
     """Raises UserError when the config asks for what the architecture cannot have: a ResNet patches that are dropped,
-    or adapters."""
+    or adapters; a text tower that sees behind its captions, to be cut there."""
     if model.patch_dropout and not isinstance(arch.image, ViTTower):
         whose = model.variant or "a ResNet"
         raise UserError(f"model.patch_dropout={model.patch_dropout}: {whose} has no patches; leave it out")
     if model.lora is not None:
         with about(f"model.lora_rank={model.lora_rank}"):
             model.lora.check(arch)
+    if lengths := model.text_lengths():
+        with about(f"model.caption_lengths={model.caption_lengths!r}"):
+            if not arch.text.causal or arch.text.pool == "last":
+                raise UserError("this text tower reads all of its context, whatever stands in it; leave it out")
+            if lengths[-1] >= arch.text.context_length:
+                raise UserError(
+                    f"must stay below the context length of {arch.text.context_length}, which is there unnamed"
+                )

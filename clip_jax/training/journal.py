@@ -47,6 +47,7 @@ class Journal:
         seen = start * self._global_batch
         self._bad_limit = BadLimit(config.data.bad_limit, seen=seen, state=unlogged.get("bad_window"))
         self._usage = Usage.of(program)
+        self._caption_lengths: list[jax.Array] = []  # of the steps since the last that was logged
         self.problem: str | None = None
         self.measured: dict[str, float] = {}
         with contextlib.ExitStack() as stack:
@@ -86,6 +87,8 @@ class Journal:
         self._incidents.dispatched(step, loss, metrics["finite"])
         self._profiler.dispatched(step, loss)
         self._progress.advance(step)
+        if "caption_length" in metrics:
+            self._caption_lengths.append(metrics["caption_length"])
 
     def log(self, step: int, metrics: Metrics, state: TrainState) -> bool:
         """Returns whether it is this step's turn to be logged, and perhaps measured; does both."""
@@ -95,7 +98,9 @@ class Journal:
             return False
         scalars = {name: value.item() for name, value in jax.device_get(metrics).items() if name != "finite"}
         scalars |= self._clock.lap()
-        scalars |= self._usage.scalars(scalars["pairs_per_second"])
+        lengths, self._caption_lengths = [int(n) for n in jax.device_get(self._caption_lengths)], []
+        scalars |= {"caption_length": sum(lengths) / len(lengths)} if lengths else {}
+        scalars |= self._usage.scalars(scalars["pairs_per_second"], lengths)
         scalars["data_wait"], bad = self._feed.report(scalars["data_wait"], self.say)
         self._incidents.read(self.say)
         if evaluates:

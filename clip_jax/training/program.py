@@ -66,6 +66,9 @@ class Program:
         trained = self.optimizer.trained_numbers(self.state.params)
         if trained < numbers:
             lines.append(f"trained: {trained:,} of {numbers:,} parameters")
+        if lengths := config.model.text_lengths():
+            shown = ", ".join(str(n) for n in (*lengths, self.architecture.text.context_length))
+            lines.append(f"texts: up to the first of {shown} tokens that holds the longest caption of a batch")
         if self.parts > 1:
             normalised = self.state.statistics and self.optimizer.trains("image")
             seen = "; batch norm sees each by itself" if normalised else ""
@@ -112,6 +115,7 @@ def assemble(
         seed=config.seed,
         ring=ring,
         parts=parts,
+        text_lengths=model.text_lengths(),
     )
     batch = abstract_batch(arch, config.data.global_batch, mesh)
     return Program(

@@ -1,7 +1,8 @@
 """One update: pixels and tokens in, a new state and its metrics out. Pure; compiled once."""
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from jax.sharding import NamedSharding
 
 from clip_jax import losses, optim
 from clip_jax.models.clip import Definition, Params, Weights, constrain, l2_normalise, normalise_pixels
+from clip_jax.models.text import pooled_at
 from clip_jax.training.microbatch import Embeddings, Encode, in_parts
 from clip_jax.training.state import TrainState
 from clip_jax.typing import Batch, Float
@@ -50,6 +52,7 @@ def make_train_step(
     seed: int = 0,
     ring: losses.Ring | None = None,
     parts: int = 1,
+    text_lengths: Sequence[int] = (),
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Returns the compiled function (state, global batch) → (state, metrics).
 
@@ -57,6 +60,11 @@ def make_train_step(
     compiler would move small arrays, and the second step would be another program than the first. `ring` is the loss's
     form; the towers go over the batch in `parts`. Gradients are those of what is trained: nothing else has any. Where
     the loss or a gradient is not finite (`finite` in the metrics), all stays as it was but the step: it counts batches.
+
+    Texts are computed up to the first of `text_lengths` that holds the batch's longest caption, else up to the context
+    length: behind a causal mask nothing after a caption is seen, and nothing there has a gradient. Devices choose by
+    the captions of all, so that hosts have nothing to settle; `caption_length` in the metrics is what they chose. Each
+    length has a program of its own for all of the gradients: what the two passes share does not leave it.
     """
     image_is_fixed = not optimizer.trains("image")
     fixed = {f"fixed_{tower}": optimizer.fixed_blocks(tower) for tower in ("image", "text")}
@@ -81,10 +89,26 @@ def make_train_step(
             metrics["logit_bias"] = model.bias()
         return contrast.loss, (metrics, statistics)
 
+    def differentiated(batch: Batch, trained: Params, fixed: Params, statistics: Params, step: jax.Array):
+        return jax.value_and_grad(loss_of, has_aux=True)(trained, fixed, statistics, batch, step)
+
+    def by_length(batch: Batch, *arguments: Params | jax.Array):
+        text = definition.architecture.text
+        lengths = (*text_lengths, text.context_length)
+        chosen = jnp.searchsorted(jnp.asarray(lengths), 1 + pooled_at(text, batch.tokens).max())
+
+        def of_length(length: int, batch: Batch, *arguments: Params | jax.Array):
+            return differentiated(batch._replace(tokens=batch.tokens[:, :length]), *arguments)
+
+        branches = [functools.partial(of_length, length) for length in lengths]
+        (loss, (metrics, statistics)), gradients = jax.lax.switch(chosen, branches, batch, *arguments)
+        metrics["caption_length"] = jnp.asarray(lengths)[chosen]
+        return (loss, (metrics, statistics)), gradients
+
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         trained, fixed = optimizer.split(state.params)
-        differentiate = jax.value_and_grad(loss_of, has_aux=True)
-        (_, (metrics, statistics)), gradients = differentiate(trained, fixed, state.statistics, batch, state.step)
+        differentiate = by_length if text_lengths else differentiated
+        (_, (metrics, statistics)), gradients = differentiate(batch, trained, fixed, state.statistics, state.step)
         metrics |= norms("gradient", optimizer.of_trained(gradients)) | norms("parameter", state.params)
         metrics["learning_rate"] = optimizer.schedule(state.step)
         # The norm is not finite, where any gradient is not.

@@ -1,0 +1,115 @@
+"""What we do beside what the peers do, on this machine: every group of rows, or some.
+
+    make bench        or: python benchmarks/bench.py [--quick] [--only=encoding,loss] [--output=FOLDER]
+
+Hardware: any CPU, for `gpu.py` see there; peers are measured where they are installed (`make test` installs them).
+Time: about forty minutes on 2 cores, six with --quick, which has fewer rows and rounds.
+In FOLDER (runs/bench) it leaves bench.json and bench.png.
+"""
+
+import argparse
+import importlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import rich.console
+import rich.progress
+from side_by_side import Row, draw, table, to_json
+
+# By name, what is measured; each in a process of its own, so that none warms up another.
+GROUPS = ("start", "encoding", "training", "loss", "host", "loader", "classifier", "checkpoints")
+PACKAGES = ("jax", "flax", "torch", "open_clip_torch", "clip-anytorch", "transformers")
+
+
+def main() -> None:
+    """Prints the tables, and writes both files."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--only", help=f"some of {','.join(GROUPS)}")
+    parser.add_argument("--output", type=Path, default=Path("runs/bench"))
+    parser.add_argument("--group", choices=GROUPS, help=argparse.SUPPRESS)  # in a process of its own
+    asked = parser.parse_args()
+    if asked.group is not None:
+        measure(asked.group, quick=asked.quick)
+        return
+    names = asked.only.split(",") if asked.only else list(GROUPS)
+    if unknown := [name for name in names if name not in GROUPS]:
+        parser.error(f"--only={unknown[0]} is none of {', '.join(GROUPS)}")
+    asked.output.mkdir(parents=True, exist_ok=True)
+    console, groups, machine = rich.console.Console(width=150), {}, where()
+    with rich.progress.Progress(*rich.progress.Progress.get_default_columns(), console=console) as progress:
+        bar = progress.add_task("", total=len(names))
+        for name in names:
+            progress.update(bar, description=name)
+            groups[name] = of_group(name, quick=asked.quick, shown=lambda row: progress.update(bar, description=row))
+            progress.advance(bar)
+            console.print(table(name, groups[name]))
+    title = f"clip_jax beside its peers: {machine['processor']}, {machine['cores']} cores"
+    for file, write in (
+        ("bench.json", lambda path: path.write_text(to_json(machine, groups))),
+        ("bench.png", lambda path: draw(path, title, groups)),
+    ):
+        partial = asked.output / f"partial-{file}"
+        write(partial)
+        partial.replace(asked.output / file)
+        console.print(str(asked.output / file))
+
+
+def of_group(name: str, *, quick: bool, shown) -> list[Row]:
+    """Returns a group's rows, measured in a process of its own; `shown` is told of each."""
+    command = [sys.executable, __file__, f"--group={name}", *["--quick"] * quick]
+    rows = []
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process,
+    ):
+        for line in process.stdout:
+            if line.startswith('{"job"'):
+                rows.append(Row.of_json(json.loads(line)))
+                shown(f"{name}: {rows[-1].job}")
+        if process.wait():
+            errors.seek(0)
+            sys.exit(f"{name} ended with {process.returncode}:\n{errors.read()}")
+    return rows
+
+
+def measure(name: str, *, quick: bool) -> None:
+    """Prints each row of a group as a line of JSON."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+    group = importlib.import_module(f"groups.{name}")
+    with tempfile.TemporaryDirectory(prefix="clip_jax-") as folder:
+        for row in group.rows(quick, Path(folder)):
+            print(json.dumps(row.as_json()), flush=True)
+
+
+def where() -> dict[str, object]:
+    """Returns what was measured on."""
+    processor = platform.processor() or platform.machine()
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
+        if line.startswith("model name"):
+            processor = line.partition(":")[2].strip()
+            break
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "processor": processor,
+        "cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        "packages": versions,
+    }
+
+
+if __name__ == "__main__":
+    main()
