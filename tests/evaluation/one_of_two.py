@@ -2,8 +2,11 @@
 
 import json
 import sys
+from pathlib import Path
 
 import jax
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # as pytest has it
 import tiny
 
 from clip_jax import sharding
