@@ -1,20 +1,14 @@
 """What all tests share: eight simulated devices, what was compiled before, a folder of data sets, float64."""
 
-import importlib.metadata
-import importlib.util
 import os
 
 # For the processes that tests start, too.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["PJRT_NPROC"] = "64"  # threads of XLA: where a device waits for the others, it waits in one of them
-# Most of the time is compilation, and these take two thirds off it. `make test-full` sets none: what users run.
-# (XLA ends at a flag that it does not know, and newer ones have no choice of how they write out a fusion.)
-os.environ.setdefault(
-    "XLA_FLAGS",
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    + " --xla_cpu_use_fusion_emitters=false" * importlib.metadata.version("jaxlib").startswith("0.10."),
-)
+# Most of the time is compilation, and this takes half off it. `make test-full` sets none: what users run.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
