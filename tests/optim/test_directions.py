@@ -69,6 +69,22 @@ def rates(config: OptimConfig) -> list[float]:
     return [float(schedule(step)) for step in range(oracles.STEPS)]
 
 
+def compare(found: dict, expected: dict, config: OptimConfig, *, bound: float, few: float) -> None:
+    """Asserts that parameters are no further apart than the bound.
+
+    Of Adafactor's a `few` may be, as a share: a momentum in the middle between two of bfloat16's numbers may become
+    either. That is as rare as float32's roundings within bfloat16's, a few of 2^-24 in 2^-9; in float64, too, where a
+    processor has an instruction for it, which takes float32. Of 4, the largest, the two are 2^-5 apart: that goes into
+    moves of 0.05.
+    """
+    errors = np.concatenate([np.abs(found[path] - x).ravel() for path, x in expected.items()])
+    if config.optimizer != "adafactor":
+        assert errors.max() <= bound
+        return
+    assert np.mean(errors > bound) < few
+    assert errors.max() < 2.0**-5 * config.b1 * sum(rates(config)) * 2
+
+
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_five_steps_on_stacked_blocks_are_those_on_each_block_in_float64(x64, optimizer, case):
@@ -78,9 +94,8 @@ def test_five_steps_on_stacked_blocks_are_those_on_each_block_in_float64(x64, op
     expected = oracles.trained(config, rates(config), factor, params=params)
     found = ours(config, "float64")
     # Newton and Schulz' iteration takes small singular values times 3.4 in each of five rounds: 500 eps.
-    bound = 1e-11 if optimizer == "muon" else 1e-13
+    compare(found, expected, config, bound=1e-11 if optimizer == "muon" else 1e-13, few=1e-4)
     for path in params:
-        np.testing.assert_allclose(found[path], expected[path], rtol=0, atol=bound, err_msg=path)
         moved = [block for block, _ in oracles.cut(path, params[path]) if factor(path, block)]
         assert (found[path] != params[path]).any() == bool(moved), path
 
@@ -91,14 +106,7 @@ def test_five_steps_on_stacked_blocks_are_those_on_each_block_in_float32(optimiz
     config = dataclasses.replace(config, optimizer=optimizer)
     expected = oracles.trained(config, rates(config), factor, params=oracles.random_params(0))
     found = ours(config, "float32")
-    errors = np.concatenate([np.abs(found[path] - x).ravel() for path, x in expected.items()])
-    if optimizer == "adafactor":
-        # A momentum in the middle between two of bfloat16's numbers may become either: of 4, the largest, they are 2^-5
-        # apart. That is as rare as float32's roundings, 2^-24 each of a few, within 2^-9; and goes into moves of 0.05.
-        assert np.mean(errors > 1e-5) < 1e-3
-        assert errors.max() < 2.0**-5 * config.b1 * sum(rates(config)) * 2
-    else:
-        assert errors.max() < 1e-5
+    compare(found, expected, config, bound=1e-5, few=1e-3)
 
 
 def test_fixed_blocks_and_parameters_stay_bit_for_bit_whatever_comes():
