@@ -7,7 +7,7 @@ each, as train.py.
 
 from absl import flags
 
-from clip_jax import command, distributed, supervisor
+from clip_jax import command, compilation_cache, distributed, supervisor
 
 MODEL = flags.DEFINE_multi_string(
     "model", [], "a model's name, file or folder, or a run's folder; given twice: two models"
@@ -44,6 +44,8 @@ PROCESS_ID = flags.DEFINE_integer("process_id", None, "which of them this is, fr
 def main() -> None:
     command.require("model")
     cluster = distributed.find(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+    if cluster is None:
+        compilation_cache.keep()
     with supervisor.watched(cluster, None):
         from clip_jax.evaluation.session import Asked, evaluate  # not before: jax has to join the others first
 

@@ -7,7 +7,7 @@ each: see docs/scaling.md.
 from absl import flags
 from ml_collections import config_flags
 
-from clip_jax import command, distributed, supervisor
+from clip_jax import command, compilation_cache, distributed, supervisor
 from clip_jax.files import place
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "a file in configs/, and --config.FIELD=VALUE to change it")
@@ -22,6 +22,8 @@ def main() -> None:
     command.require("config", "workdir")
     config, workdir = command.checked(CONFIG.value), place(WORKDIR.value)
     cluster = distributed.find(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+    if cluster is None:
+        compilation_cache.keep()
     with supervisor.watched(cluster, workdir) as preempted:
         from clip_jax.training.loop import train  # not before: jax has to join the others first
 

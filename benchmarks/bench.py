@@ -23,7 +23,7 @@ import rich.progress
 from side_by_side import Row, draw, table, to_json
 
 # By name, what is measured; each in a process of its own, so that none warms up another.
-GROUPS = ("start", "encoding", "training", "loss", "host", "loader", "classifier", "checkpoints")
+GROUPS = ("start", "encoding", "training", "runs", "loss", "host", "loader", "classifier", "checkpoints")
 PACKAGES = ("jax", "flax", "torch", "open_clip_torch", "clip-anytorch", "transformers")
 
 
@@ -42,14 +42,21 @@ def main() -> None:
     if unknown := [name for name in names if name not in GROUPS]:
         parser.error(f"--only={unknown[0]} is none of {', '.join(GROUPS)}")
     asked.output.mkdir(parents=True, exist_ok=True)
-    console, groups, machine = rich.console.Console(width=150), {}, where()
+    console, machine = rich.console.Console(width=150), where()
+    groups, failed = {}, []
     with rich.progress.Progress(*rich.progress.Progress.get_default_columns(), console=console) as progress:
         bar = progress.add_task("", total=len(names))
         for name in names:
             progress.update(bar, description=name)
-            groups[name] = of_group(name, quick=asked.quick, shown=lambda row: progress.update(bar, description=row))
+            try:
+                groups[name] = of_group(
+                    name, quick=asked.quick, shown=lambda row: progress.update(bar, description=row)
+                )
+                console.print(table(name, groups[name]))
+            except Failed as error:  # what others have found is not lost
+                failed.append(name)
+                console.print(str(error), style="red", markup=False, highlight=False)
             progress.advance(bar)
-            console.print(table(name, groups[name]))
     title = f"clip_jax beside its peers: {machine['processor']}, {machine['cores']} cores"
     for file, write in (
         ("bench.json", lambda path: path.write_text(to_json(machine, groups))),
@@ -59,15 +66,25 @@ def main() -> None:
         write(partial)
         partial.replace(asked.output / file)
         console.print(str(asked.output / file))
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
+
+
+class Failed(Exception):
+    """A group ended before its last row; what it said."""
 
 
 def of_group(name: str, *, quick: bool, shown) -> list[Row]:
-    """Returns a group's rows, measured in a process of its own; `shown` is told of each."""
+    """Returns a group's rows, measured in a process of its own; `shown` is told of each.
+
+    Raises:
+        Failed: the process did not end well.
+    """
     command = [sys.executable, __file__, f"--group={name}", *["--quick"] * quick]
-    rows = []
+    environment, rows = os.environ | {"JAX_PLATFORMS": "cpu"}, []
     with (
         tempfile.TemporaryFile("w+") as errors,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment) as process,
     ):
         for line in process.stdout:
             if line.startswith('{"job"'):
@@ -75,15 +92,12 @@ def of_group(name: str, *, quick: bool, shown) -> list[Row]:
                 shown(f"{name}: {rows[-1].job}")
         if process.wait():
             errors.seek(0)
-            sys.exit(f"{name} ended with {process.returncode}:\n{errors.read()}")
+            raise Failed(f"{name} ended with {process.returncode}:\n{errors.read()}")
     return rows
 
 
 def measure(name: str, *, quick: bool) -> None:
     """Prints each row of a group as a line of JSON."""
-    import jax
-
-    jax.config.update("jax_platforms", "cpu")
     group = importlib.import_module(f"groups.{name}")
     with tempfile.TemporaryDirectory(prefix="clip_jax-") as folder:
         for row in group.rows(quick, Path(folder)):

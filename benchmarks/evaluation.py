@@ -24,8 +24,9 @@ import numpy as np
 import peers
 import rich.console
 import rich.table
+from peers import OURS
 from PIL import Image
-from side_by_side import OURS, in_turns
+from side_by_side import in_turns
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from in_memory import InMemory
@@ -61,32 +62,48 @@ def narrowed() -> Bundle:
     return Bundle(arch, flatten(jax.jit(Definition(arch).init)(jax.random.key(0))), "narrow", "random")
 
 
-def classifier(rounds: int, folder: Path, classes: int = CLASSES) -> dict[str, list[float]]:
-    """Returns the seconds of both builders, whose classifiers are the same."""
-    peer = peers.module("OpenCLIP")
+def classifier(rounds: int, folder: Path, classes: int = CLASSES) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Returns the seconds of both builders, whose classifiers are the same; and why there is no OpenCLIP's."""
+    random, bundle = np.random.default_rng(0), narrowed()
+    names = [" ".join(random.choice(WORDS, random.integers(1, 4))) + f" {i}" for i in range(classes)]
+    found = {}
+
+    def of(who: str) -> Callable[[], None]:
+        build = (_our_builder if who == OURS else _their_builder)(bundle, names, folder)
+
+        def job() -> None:
+            found[who] = build()
+
+        return job
+
+    jobs, gaps = peers.available(of, (OURS, "OpenCLIP"))
+    taken = in_turns(jobs, rounds)
+    for who, built in found.items():
+        difference = np.abs(found[OURS] - built).max()
+        assert difference < 1e-5, f"{who}'s is not the same classifier: {difference}"
+    return taken, gaps
+
+
+def _our_builder(bundle: Bundle, names: list[str], folder: Path) -> Callable[[], np.ndarray]:
+    ours = OnMesh.of(bundle, sharding.make_mesh(MeshConfig(), jax.devices()[:1]))
+    prompts = [[template.format(name) for template in TEMPLATES] for name in names]
+    return lambda: zero_shot.classifier(ours, prompts)
+
+
+def _their_builder(bundle: Bundle, names: list[str], folder: Path) -> Callable[[], np.ndarray]:
+    """Raises peers.Gap: OpenCLIP is not installed."""
+    package = peers.module("OpenCLIP")
     import torch
     from open_clip.zero_shot_classifier import build_zero_shot_classifier
 
-    random, bundle = np.random.default_rng(0), narrowed()
-    names = [" ".join(random.choice(WORDS, random.integers(1, 4))) + f" {i}" for i in range(classes)]
     open_clip.write(folder, bundle)
-    theirs = peer.create_model(f"local-dir:{folder}").eval()
-    tokenizer = peer.get_tokenizer("ViT-B-32")
-    ours = OnMesh.of(bundle, sharding.make_mesh(MeshConfig(), jax.devices()[:1]))
-    prompts = [[template.format(name) for template in TEMPLATES] for name in names]
-    found = {}
+    model, tokenizer = package.create_model(f"local-dir:{folder}").eval(), package.get_tokenizer("ViT-B-32")
 
-    def our_builder() -> None:
-        found[OURS] = zero_shot.classifier(ours, prompts)
-
-    def their_builder() -> None:
+    def build() -> np.ndarray:
         with torch.no_grad():
-            found["OpenCLIP"] = build_zero_shot_classifier(theirs, tokenizer, names, TEMPLATES).T.numpy()
+            return build_zero_shot_classifier(model, tokenizer, names, TEMPLATES).T.numpy()
 
-    taken = in_turns({OURS: our_builder, "OpenCLIP": their_builder}, rounds)
-    difference = np.abs(found[OURS] - found["OpenCLIP"]).max()
-    assert difference < 1e-5, f"not the same classifier: {difference}"
-    return taken
+    return build
 
 
 def peak_of(job: Callable[[], object]) -> tuple[float, float]:
@@ -204,7 +221,9 @@ def main() -> None:
         import tempfile
 
         with tempfile.TemporaryDirectory() as folder:
-            taken = classifier(asked.rounds, Path(folder) / "model")
+            taken, gaps = classifier(asked.rounds, Path(folder) / "model")
+        for who, why in gaps.items():
+            parser.error(f"{who}: {why}")
         title = f"classifier of {CLASSES:,} classes × {len(TEMPLATES)} templates, text tower {WIDTH} wide"
     table = rich.table.Table(title=title)
     for heading in ("", "median, s", "slowest / fastest"):

@@ -9,6 +9,7 @@ two are compared they take turns on one core, so that the ratio of their medians
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import gc
@@ -19,7 +20,7 @@ import sys
 import tempfile
 import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,7 +80,7 @@ def alone(call: Callable, *arguments: Any) -> Any:
 
 def decoding(folder: Path) -> Iterator[Row]:
     for short, bar, batches in ((256, 1.4, 32), (640, 2.0, 12)):
-        seconds = decoding_seconds(folder, short, batches, ROUNDS)
+        seconds = decoding_seconds(folder, short, batches, ROUNDS, (epoch_ours, epoch_theirs))
         rates = [[BATCH * batches / taken for taken in of_side] for of_side in seconds]
         found, other = (statistics.median(of_side) for of_side in rates)
         ratios = [a / b for a, b in zip(*rates, strict=True)]
@@ -88,17 +89,24 @@ def decoding(folder: Path) -> Iterator[Row]:
         yield Row(name, f"{found:.0f}", f">= {bar} x", ratio >= bar, f"{other:.0f}", f"{ratio:.2f} ({spread})")
 
 
-def decoding_seconds(folder: Path, short: int, batches: int, rounds: int) -> tuple[list[float], list[float]]:
-    """Returns the seconds of our epochs and of OpenCLIP's over the same shards, in turns; a first round warms up."""
+Epoch = Callable[[Path, int], float]  # of the shards in a folder, with so many records: its seconds
+
+
+def decoding_seconds(
+    folder: Path, short: int, batches: int, rounds: int, epochs: Sequence[Epoch]
+) -> list[tuple[float, ...]]:
+    """Returns the seconds of epochs over the same shards, in turns, each in a process of its own that stays; a first
+    round warms up."""
     place, records = folder / str(short), BATCH * batches
     place.mkdir()
     training_shards.write(place, 4, records // 4, short, 256)
-    seconds: tuple[list[float], list[float]] = [], []
-    with process() as ours, process() as theirs:
-        for _ in range(rounds + 1):
-            seconds[0].append(ours.submit(epoch_ours, place, records).result())
-            seconds[1].append(theirs.submit(epoch_theirs, place, records).result())
-    return tuple(of_side[1:] for of_side in seconds)
+    with contextlib.ExitStack() as stack:
+        pools = [stack.enter_context(process()) for _ in epochs]
+        taken = [
+            [pool.submit(epoch, place, records).result() for pool, epoch in zip(pools, epochs, strict=True)]
+            for _ in range(rounds + 1)
+        ]
+    return list(zip(*taken[1:], strict=True))
 
 
 def epoch_ours(folder: Path, records: int) -> float:

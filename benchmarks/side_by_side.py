@@ -15,8 +15,8 @@ from typing import Any
 
 import rich.table
 from matplotlib.figure import Figure
+from peers import OURS
 
-OURS = "clip_jax"
 COLORS = ("#2b7a4b", "#b5483a")  # at least as good as the fastest peer; not so
 DPI = 110
 
@@ -29,6 +29,8 @@ class Row:
     found: Mapping[str, Sequence[float]]  # by who, round by round
     unit: str = "s"
     bar: float | None = None  # the least ratio that we are held to
+    most: float | None = None  # what ours may take at most
+    baselines: Sequence[str] = ()  # who is no peer but ours in another way: beside it where there is no peer
     gaps: Mapping[str, str] = dataclasses.field(default_factory=dict)  # who was not measured, and why
     note: str = ""
 
@@ -40,8 +42,10 @@ class Row:
 
     @property
     def fastest(self) -> str | None:
-        """Returns the peer with the smallest median; None: there is none."""
-        return min((who for who in self.found if who != OURS), key=self.median, default=None)
+        """Returns the peer with the smallest median, or where there is none such a baseline; None: there is neither."""
+        others = [who for who in self.found if who != OURS]
+        peers = [who for who in others if who not in self.baselines]
+        return min(peers or others, key=self.median, default=None)
 
     def median(self, who: str) -> float:
         return statistics.median(self.found[who])
@@ -61,8 +65,10 @@ class Row:
 
     @property
     def is_kept(self) -> bool | None:
-        """Returns whether the ratio is what we are held to; None: there is no bar, or no peer."""
-        return None if self.bar is None or self.ratio is None else self.ratio >= self.bar
+        """Returns whether we are as good as we are held to; None: nothing holds us, or there is no peer."""
+        kept = [] if self.most is None else [self.median(OURS) <= self.most]
+        kept += [] if self.bar is None or self.ratio is None else [self.ratio >= self.bar]
+        return all(kept) if kept else None
 
     def as_json(self) -> dict[str, Any]:
         found = dataclasses.asdict(self) | {"fastest": self.fastest, "ratio": self.ratio, "spread": self.spread}
@@ -74,33 +80,37 @@ class Row:
 
 
 def in_turns(jobs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Returns the seconds of each job, round by round; a round more, the first, warms up."""
+    """Returns the seconds of each job, round by round; a round more, the first, warms up. Every round another begins:
+    a peer's threads may still be awake when the next one starts."""
     taken: dict[str, list[float]] = {who: [] for who in jobs}
+    order = list(jobs)
     for _ in range(rounds + 1):
-        for who, job in jobs.items():
+        for who in order:
             start = time.perf_counter()
-            job()
+            jobs[who]()
             taken[who].append(time.perf_counter() - start)
+        order = [*order[1:], order[0]]
     return {who: seconds[1:] for who, seconds in taken.items()}
 
 
 def table(title: str, rows: Iterable[Row]) -> rich.table.Table:
     """Returns the rows, for people."""
-    shown = rich.table.Table(title=title, caption="ratio: the fastest peer's median over ours; above 1 we are faster")
-    for heading in ("", OURS, "fastest peer", "ratio", "from round to round", "bar", "not measured"):
-        shown.add_column(heading, justify="left" if heading in ("", "not measured") else "right")
+    caption = "ratio: the fastest peer's median over ours; above 1 we are faster"
+    shown = rich.table.Table(title=title, caption=caption)
+    for heading in ("", OURS, "fastest peer", "ratio", "from round to round", "bar", ""):
+        shown.add_column(heading, justify="right" if heading else "left")
     for row in rows:
-        gaps = "; ".join(f"{who}: {why}" for who, why in row.gaps.items())
-        cells = [row.job, f"{row.median(OURS):.3g} {row.unit}", "", "", "", "" if row.bar is None else f"≥ {row.bar}"]
+        bars = [] if row.bar is None else [f"≥ {row.bar}"]
+        bars += [] if row.most is None else [f"≤ {row.most:g} {row.unit}"]
+        mark = {None: "", True: "", False: " ✗"}[row.is_kept]
+        cells = [row.job, f"{row.median(OURS):.3g} {row.unit}", "", "", "", ", ".join(bars) + mark]
         if row.fastest is not None:
             low, high = row.spread
-            mark = {None: "", True: "", False: " ✗"}[row.is_kept]
-            cells[2:5] = (
-                f"{row.median(row.fastest):.3g} {row.unit} ({row.fastest})",
-                f"{row.ratio:.2f}{mark}",
-                f"{low:.2f} – {high:.2f}",
-            )
-        shown.add_row(*cells, "; ".join(part for part in (gaps, row.note) if part))
+            cells[2] = f"{row.median(row.fastest):.3g} {row.unit} ({row.fastest})"
+            cells[3:5] = f"{row.ratio:.2f}", f"{low:.2f} – {high:.2f}"
+        others = {who: f"{row.median(who):.3g} {row.unit}" for who in row.found if who not in (OURS, row.fastest)}
+        said = [f"{who}: {what}" for who, what in (others | dict(row.gaps)).items()]
+        shown.add_row(*cells, "; ".join([*said, row.note] if row.note else said))
     return shown
 
 

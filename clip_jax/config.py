@@ -53,7 +53,7 @@ class ModelConfig(Checked):
         """Returns the adapters that are trained."""
         return None if self.lora_rank is None else Lora(self.lora_rank, self.lora_alpha)
 
-    def text_lengths(self) -> list[int]:
+    def compiled_lengths(self) -> list[int]:
         """Returns the numbers of `caption_lengths`.
 
         Raises:
@@ -70,7 +70,7 @@ class ModelConfig(Checked):
         words = (("compute_dtype", COMPUTE_DTYPES), ("remat", REMAT_POLICIES), ("attention", ATTENTION))
         for name, known in words:
             require_one_of(f"model.{name}", getattr(self, name), known)
-        lengths = self.text_lengths()
+        lengths = self.compiled_lengths()
         require(
             lengths == sorted(set(lengths)),
             f"model.caption_lengths={self.caption_lengths!r} must rise from each to the next",

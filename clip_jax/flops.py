@@ -1,7 +1,7 @@
 """How many FLOP a pair costs, what the architecture asks for whatever the compiler makes of it; and what a chip can do.
 
 Two a multiply-add of every matrix product and convolution, attention scores included, masked ones too; norms,
-activations and look-ups are not counted. Texts are at full length.
+activations and look-ups are not counted. Texts are as long as the architecture's context.
 
 A tower is a chain of layers. Training asks for the forward pass of all; for a product's gradient of its weights where
 they are trained; and for its gradient of what it reads where anything before it is trained. Each is as large a product.

@@ -31,7 +31,7 @@ LAYERS = (
     ("clip_jax.compiled",),
     ("clip_jax.weights", "clip_jax.workdir", "clip_jax.data.pipeline"),
     ("clip_jax.training", "clip_jax.evaluation"),
-    ("clip_jax.pretrained", "clip_jax.command", "clip_jax.supervisor"),
+    ("clip_jax.pretrained", "clip_jax.command", "clip_jax.supervisor", "clip_jax.compilation_cache"),
     (
         *("clip_jax.api", "clip_jax.planning", "clip_jax.training.evaluation", "clip_jax.training.journal"),
         *("clip_jax.training.loop", "clip_jax.training.report", "clip_jax.data.doctor", "clip_jax.data.__main__"),

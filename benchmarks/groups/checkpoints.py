@@ -9,7 +9,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import peers
-from side_by_side import OURS, Row
+from peers import OURS
+from side_by_side import Row
 
 PEER = "PyTorch"
 VARIANT = {True: "ViT-W64/4@16px", False: "ViT-B/32"}  # by whether it is to be quick

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import peers
 from groups import models
-from side_by_side import OURS, Row, in_turns
+from peers import OURS
+from side_by_side import Row, in_turns
 
 BATCHES = {True: (1, 32), False: (1, 32, 256)}  # by whether it is to be quick
 ROUNDS = {1: 30, 32: 9, 256: 3}
@@ -30,12 +31,12 @@ def rows(quick: bool, folder: Path) -> Iterator[Row]:
         for batch in BATCHES[quick]:
             tokens = captions(batch, longest)
             jobs = {who: encoder.text(tokens) for who, encoder in made.items()}
-            bar = BARS.get(("text", batch), 1.0) if longest == 77 else SHORT_BAR if batch > 1 else None
+            bar = BARS.get(("text", batch), 1.0) if longest == 77 else SHORT_BAR
             yield _row(f"encode_text, {batch} of at most {longest} tokens", jobs, ROUNDS[batch], bar, gaps)
 
 
 def _encoders(who: str, paths: Mapping[str, Path]) -> models.Encoders:
-    return models.encoders(who, models.load(who, models.imported(who), paths[who]))
+    return models.encoders(who, peers.load(who, peers.imported(who), paths[who]))
 
 
 def _row(name: str, jobs: dict, rounds: int, bar: float | None, gaps: dict[str, str]) -> Row:

@@ -1,4 +1,5 @@
-"""What a host does for each pair: captions to ids, and encoded pictures to the pixels that a model is evaluated on."""
+"""What a host does for each pair: captions to ids, and encoded pictures to the normalised pixels that a model is
+evaluated on. On one thread; the same ids, and of those that use PIL the same pixels."""
 
 import io
 import tempfile
@@ -9,8 +10,11 @@ import numpy as np
 import peers
 import training_shards
 from groups import models
+from peers import OURS
 from PIL import Image
-from side_by_side import OURS, Row, in_turns
+from side_by_side import Row, in_turns
+
+from clip_jax.models.variants import VARIANTS
 
 CAPTIONS = ("a photo of a {}.", "the {} on the left, seen from above", "two {}s and a small dog near the old harbour")
 WORDS = ("cat", "sailing boat", "teapot", "lighthouse", "bicycle", "violin", "pepper", "street", "cloud", "mountain")
@@ -31,8 +35,12 @@ def rows(quick: bool, folder: Path) -> Iterator[Row]:
 
     files = [training_shards.picture(random, SHORT) for _ in range(PICTURES[quick])]
     made, gaps = peers.available(_preprocess, (OURS, *peers.MODULES))
+    pixels = {who: call(files[0]) for who, call in made.items()}
+    for who in pixels.keys() & {"OpenAI", "OpenCLIP"}:  # transformers' resizes by torchvision
+        difference = np.abs(pixels[who] - pixels[OURS].transpose(2, 0, 1)).max()
+        assert difference < 1e-6, f"{who}'s pixels are {difference} from ours"
     jobs = {who: lambda call=call: [call(file) for file in files] for who, call in made.items()}
-    yield Row(f"{len(files)} JPEGs of {SHORT} px to 224 × 224, one thread", in_turns(jobs, ROUNDS), gaps=gaps)
+    yield Row(f"{len(files)} JPEGs of {SHORT} px to 224 × 224", in_turns(jobs, ROUNDS), gaps=gaps)
 
 
 def _tokenizer(who: str) -> Callable[[list[str]], np.ndarray]:
@@ -60,17 +68,20 @@ def _tokenizer(who: str) -> Callable[[list[str]], np.ndarray]:
     return ids
 
 
-def _preprocess(who: str) -> Callable[[bytes], object]:
-    """Returns the function from an encoded picture to pixels."""
+def _preprocess(who: str) -> Callable[[bytes], np.ndarray]:
+    """Returns the function from an encoded picture to pixels; its package is there."""
     if who == OURS:
-        from clip_jax.architecture import Preprocess
-        from clip_jax.data import transforms
+        from clip_jax.api import ImagePreprocess
 
-        return lambda file: transforms.evaluation_crop(transforms.decode(file), 224, Preprocess())
+        transform = ImagePreprocess(VARIANTS["ViT-B/32"])
+        return lambda file: transform(Image.open(io.BytesIO(file)))
     package = peers.module(who)
+    import torch
+
+    torch.set_num_threads(1)
     if who == "transformers":
         process = package.CLIPImageProcessor()
-        return lambda file: process(Image.open(io.BytesIO(file)), return_tensors="np")
+        return lambda file: process(Image.open(io.BytesIO(file)), return_tensors="np")["pixel_values"][0]
     module = package.clip if who == "OpenAI" else package.transform
     transform = module._transform(224) if who == "OpenAI" else module.image_transform(224, is_train=False)
-    return lambda file: transform(Image.open(io.BytesIO(file)))
+    return lambda file: transform(Image.open(io.BytesIO(file))).numpy()

@@ -1,5 +1,5 @@
-"""The contrastive loss with its gradients, from normalised embeddings: ours as a run would choose its form, our dense
-form, and OpenCLIP's `ClipLoss`; time, and the memory it adds to a process."""
+"""The contrastive loss with its gradients, from normalised embeddings: ours in the form that a run chooses by itself,
+our dense form, and OpenCLIP's `ClipLoss`; time, and the memory it adds to a process."""
 
 import functools
 import json
@@ -11,23 +11,28 @@ from pathlib import Path
 
 import numpy as np
 import peers
-from side_by_side import OURS, Row, in_turns
+from peers import OURS
+from side_by_side import Row, in_turns
 
-PAIRS = {True: (4096,), False: (4096, 16384)}  # by whether it is to be quick
+# By whether it is to be quick: pairs, and rounds.
+SIZES = {True: ((4096, 2),), False: ((4096, 5), (16384, 3), (32768, 1))}
 EMBED_DIM, SCALE = 512, 14.3
 DENSE, PEER = "dense (ours)", "OpenCLIP"
+MATRICES = {OURS: 0, DENSE: 3, PEER: 7}  # of pairs × pairs that are there at once, at most; seen at 16,384
+SHARE = 0.8  # of the memory that is free, for these
 CLOSE = 1e-5
 
 
 def rows(quick: bool, folder: Path) -> Iterator[Row]:
     """Yields time and memory for each number of pairs."""
-    for pairs in PAIRS[quick]:
+    for pairs, rounds in SIZES[quick]:
         jobs, gaps = peers.available(functools.partial(_job, pairs=pairs), (OURS, DENSE, PEER))
         losses = {who: job() for who, job in jobs.items()}
         assert all(abs(loss / losses[OURS] - 1) < CLOSE for loss in losses.values()), losses
-        yield Row(f"{pairs:,} pairs", in_turns(jobs, 3), gaps=gaps)
-        memory = {who: [_memory(who, pairs) for _ in range(1 if quick else 3)] for who in jobs}
-        yield Row(f"{pairs:,} pairs: memory beside the embeddings", memory, "MB", gaps=gaps)
+        known = {"baselines": (DENSE,), "gaps": gaps}
+        yield Row(f"{pairs:,} pairs", in_turns(jobs, rounds), **known)
+        memory = {who: [_memory(who, pairs) for _ in range(min(rounds, 3))] for who in jobs}
+        yield Row(f"{pairs:,} pairs: memory beside the embeddings", memory, "MB", **known)
 
 
 def _embeddings(pairs: int) -> list[np.ndarray]:
@@ -39,8 +44,11 @@ def _job(who: str, pairs: int) -> Callable[[], float]:
     """Returns the call that computes the loss and its gradients, and returns the loss.
 
     Raises:
-        peers.Gap: the peer is not installed.
+        peers.Gap: the peer is not installed, or memory does not suffice.
     """
+    needed, there = 4 * pairs**2 * MATRICES[who], SHARE * _free()
+    if needed > there:
+        raise peers.Gap(f"takes {needed / 1e9:.0f} GB, here are {there / 1e9:.0f}")
     img_BE, txt_BE = _embeddings(pairs)
     if who == PEER:
         package = peers.module(PEER)
@@ -65,12 +73,18 @@ def _job(who: str, pairs: int) -> Callable[[], float]:
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     ring = losses.ring_for(LossConfig(form="dense" if who == DENSE else "auto"), mesh, sharding.BATCH_AXES, pairs)
 
-    def loss(img_BE, txt_BE, scale):
-        return losses.softmax(img_BE, txt_BE, scale=scale, valid_B=jnp.ones(pairs, bool), ring=ring).loss
+    def loss(img_BE, txt_BE, scale, valid_B):
+        return losses.softmax(img_BE, txt_BE, scale=scale, valid_B=valid_B, ring=ring).loss
 
-    compute = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))
-    arguments = [jnp.asarray(img_BE), jnp.asarray(txt_BE), jnp.float32(SCALE)]
+    arguments = [jnp.asarray(img_BE), jnp.asarray(txt_BE), jnp.float32(SCALE), jnp.ones(pairs, bool)]
+    compute = jax.jit(jax.value_and_grad(loss, (0, 1, 2))).lower(*arguments).compile()
     return lambda: float(jax.block_until_ready(compute(*arguments))[0])
+
+
+def _free() -> int:
+    """Returns the bytes of this machine's memory that a process can have."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
 
 
 def _memory(who: str, pairs: int) -> float:
@@ -81,13 +95,13 @@ def _memory(who: str, pairs: int) -> float:
 
 
 def _main(who: str, pairs: int) -> None:
-    _job(who, 1024)()  # imports, threads, what compiling takes
-    job = _job(who, pairs)
+    _job(who, 1024)()  # imports and threads
+    job = _job(who, pairs)  # and what compiling takes
     resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     job()
     peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    print(json.dumps(int(peak.split()[1]) / 1000 - resident / 1e6))
+    print(json.dumps((1024 * int(peak.split()[1]) - resident) / 1e6))
 
 
 if __name__ == "__main__":

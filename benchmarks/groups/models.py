@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import peers
-from side_by_side import OURS
+from peers import OURS
 
 from clip_jax.models.variants import VARIANTS
 from clip_jax.weights.bundle import Bundle
@@ -33,36 +32,6 @@ def write_all(bundle: Bundle, folder: Path, names: Sequence[str] = ("OpenAI", "O
     for who, path in paths.items():
         families[who].write(path, bundle)
     return {OURS: paths[names[0]]} | paths
-
-
-def imported(who: str) -> Any:
-    """Returns what `load` needs, all imports done.
-
-    Raises:
-        peers.Gap: it is not installed.
-    """
-    if who == OURS:
-        import clip_jax.api
-
-        return clip_jax.api
-    if who == "transformers":
-        return peers.module(who).CLIPModel
-    return peers.module(who)
-
-
-def load(who: str, package: Any, path: Path) -> Any:
-    """Returns the model in float32, ready to encode."""
-    if who == OURS:
-        import jax
-
-        model, _ = package.load(path)
-        jax.block_until_ready(model.placed)
-        return model
-    if who == "OpenAI":
-        return package.load(str(path), device="cpu", jit=False)[0]
-    if who == "OpenCLIP":
-        return package.create_model(f"local-dir:{path}").eval()
-    return package.from_pretrained(path).eval()
 
 
 class Encoders(NamedTuple):

@@ -1,21 +1,18 @@
-"""Imports, and ViT-B/32 read from a file: time, and the most memory that the process has had.
-
-Run by `bench.py`; with a peer's name and a path, it is the process that loads.
-"""
+"""Imports, and ViT-B/32 read from a file: time, and the most memory that the process has had."""
 
 import json
-import resource
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import peers
 from groups import models
-from side_by_side import OURS, Row
+from peers import OURS
+from side_by_side import Row
 
 ROUNDS = {True: 2, False: 5}  # by whether it is to be quick
+LOADING = Path(__file__).parents[1] / "loading.py"
 
 
 def rows(quick: bool, folder: Path) -> Iterator[Row]:
@@ -27,32 +24,27 @@ def rows(quick: bool, folder: Path) -> Iterator[Row]:
         for who in (OURS, *peers.MODULES):
             if who in gaps:
                 continue
-            taken = _alone(who, paths[who])
-            if isinstance(taken, str):
-                gaps[who] = taken
-            elif n:
+            try:
+                taken = _alone(who, paths[who])
+            except peers.Gap as gap:
+                gaps[who] = str(gap)
+                continue
+            if n:
                 found.setdefault(who, []).append(taken)
     for i, (job, unit) in enumerate((("import", "s"), ("load ViT-B/32", "s"), ("import and load: peak memory", "MB"))):
         yield Row(job, {who: [taken[i] for taken in rounds] for who, rounds in found.items()}, unit, gaps=gaps)
 
 
-def _alone(who: str, path: Path) -> list[float] | str:
-    """Returns [seconds to import, to load, MB] of a process; or why it cannot."""
-    command = [sys.executable, "-m", "groups.start", who, str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
-    return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else done.stderr.splitlines()[-1]
+def _alone(who: str, path: Path) -> list[float]:
+    """Returns [seconds to import, to load, MB] of a process.
 
-
-def _main(who: str, path: Path) -> None:
-    start = time.perf_counter()
-    imported = models.imported(who)
-    between = time.perf_counter()
-    loaded = models.load(who, imported, path)
-    end = time.perf_counter()
-    del loaded
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps([between - start, end - between, peak]))
-
-
-if __name__ == "__main__":
-    _main(sys.argv[1], Path(sys.argv[2]))
+    Raises:
+        peers.Gap: the peer is not installed.
+    """
+    done = subprocess.run([sys.executable, LOADING, who, str(path)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{LOADING.name} {who} {path} ended with {done.returncode}:\n{done.stderr}")
+    found = json.loads(done.stdout.splitlines()[-1])
+    if isinstance(found, str):
+        raise peers.Gap(found)
+    return found

@@ -1,7 +1,6 @@
 """A training step: images and captions in, weights and moments changed; the same weights, the same batch, AdamW with
 OpenCLIP's settings. The first losses are the same. On a CPU in float32; `gpu.py` has it in bfloat16."""
 
-import functools
 import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,7 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import peers
 from groups.encoding import captions
-from side_by_side import OURS, Row, in_turns
+from peers import OURS
+from side_by_side import Row, in_turns
 
 from clip_jax.config import Config, DataConfig, ModelConfig, OptimConfig
 from clip_jax.models.variants import VARIANTS
@@ -30,30 +30,36 @@ COMPILED = f"{PEER}, torch.compile"
 WHOLE = "texts of 77 tokens"
 CAPTION_LENGTHS = (24, 48)
 RATE, DECAY = 1e-4, 0.2
-CLOSE = 1e-4  # of the first loss
+CLOSE = 1e-4  # of a loss
 
 
 def rows(quick: bool, folder: Path) -> Iterator[Row]:
     """Yields a row for each model against OpenCLIP as it is, and one against what torch.compile makes of it; and what
     it gives to compute texts up to the longest caption of a batch only."""
     for variant, (batch, rounds, bar) in (QUICK if quick else MODELS).items():
-        images, tokens = inputs(variant, batch)
-        ours = Ours.of(config(variant, batch), images, tokens)
-        losses = {OURS: float(ours.step())}
-        make = functools.partial(theirs, bundle=ours.bundle, folder=folder / variant, images=images, tokens=tokens)
-        made, gaps = peers.available(make, (PEER, COMPILED))
-        for who, step in made.items():
-            losses[who] = float(step())
-            assert abs(losses[who] / losses[OURS] - 1) <= CLOSE, f"{variant}: first losses {losses}"
-        jobs = {OURS: ours.step} | made
-        taken = in_turns({who: lambda step=step: float(step()) for who, step in jobs.items()}, rounds)
-        name = f"a step of {variant}, batch {batch}"
-        yield Row(name, {who: taken[who] for who in taken if who != COMPILED}, bar=bar, gaps=gaps)
-        if COMPILED in taken:
-            yield Row(f"{name}, compiled", {who: taken[who] for who in (OURS, COMPILED)})
-        del jobs, made, make, ours
-        gc.collect()
+        yield from _beside(variant, batch, rounds, bar, folder / variant)
+        gc.collect()  # the next model wants its memory
     yield from _cut(quick)
+
+
+def _beside(variant: str, batch: int, rounds: int, bar: float | None, folder: Path) -> Iterator[Row]:
+    images, tokens = inputs(variant, batch)
+    ours = Ours.of(config(variant, batch), images, tokens)
+    name, jobs, gaps = f"a step of {variant}, batch {batch}", {OURS: lambda: float(ours.step())}, {}
+    try:
+        peer = Peer.of(ours.bundle, folder, images, tokens)
+    except peers.Gap as gap:
+        yield Row(name, in_turns(jobs, rounds), gaps={PEER: str(gap)})
+        return
+    for who in (PEER, COMPILED):  # of one model, of which each takes every other step
+        first = float(ours.step())
+        try:
+            jobs[who] = peer.steps(who, first)
+        except peers.Gap as gap:
+            gaps[who] = str(gap)
+    taken = in_turns(jobs, rounds)
+    yield Row(name, {who: taken[who] for who in taken if who != COMPILED}, bar=bar)
+    yield Row(f"{name}, compiled", {who: taken[who] for who in taken if who != PEER}, gaps=gaps)
 
 
 def _cut(quick: bool) -> Iterator[Row]:
@@ -65,8 +71,9 @@ def _cut(quick: bool) -> Iterator[Row]:
         cut = Ours.of(config("ViT-B-32", 32, caption_lengths=lengths), images, tokens)
         whole = Ours.of(config("ViT-B-32", 32), images, tokens)
         jobs = {OURS: lambda cut=cut: float(cut.step()), WHOLE: lambda whole=whole: float(whole.step())}
+        taken = in_turns(jobs, 2 if quick else 5)
         note = f"model.caption_lengths={lengths!r}"
-        yield Row(f"a step of ViT-B-32, captions of at most {longest}", in_turns(jobs, 2 if quick else 5), note=note)
+        yield Row(f"a step of ViT-B-32, captions of at most {longest}", taken, baselines=(WHOLE,), note=note)
 
 
 def config(variant: str, batch: int, *, microbatch: int | None = None, **model: object) -> Config:
@@ -116,44 +123,66 @@ class Ours(NamedTuple):
         return cls(program, Bundle(program.architecture, arrays, config.model.variant, "random"), step)
 
 
-def theirs(
-    who: str, bundle: "Bundle", folder: Path, images: np.ndarray, tokens: np.ndarray, device: str = "cpu"
-) -> Callable[[], "torch.Tensor"]:
-    """Returns OpenCLIP's step: its model, its loss, and AdamW in the two groups of its training script; on a GPU in
-    its `amp_bf16`.
+class Peer(NamedTuple):
+    """OpenCLIP's model, with AdamW in the two groups of its training script, and a batch."""
 
-    Raises:
-        peers.Gap: it is not installed.
-    """
-    package = peers.module(PEER)
-    import torch
+    model: "torch.nn.Module"
+    optimizer: "torch.optim.Optimizer"
+    loss_of: "torch.nn.Module"
+    pixels: "torch.Tensor"
+    ids: "torch.Tensor"
 
-    from clip_jax.weights import open_clip
+    @classmethod
+    def of(cls, bundle: "Bundle", folder: Path, images: np.ndarray, tokens: np.ndarray, device: str = "cpu") -> "Peer":
+        """Raises peers.Gap: it is not installed."""
+        package = peers.module(PEER)
+        import torch
 
-    if not folder.exists():
-        open_clip.write(folder, bundle)
-    model = package.create_model(f"local-dir:{folder}", output_dict=True, device=device).train()
-    no_decay, decay = [], []
-    for name, parameter in model.named_parameters():
-        still = parameter.ndim < 2 or "bn" in name or "ln" in name or "bias" in name or "logit_scale" in name
-        (no_decay if still else decay).append(parameter)
-    groups = [{"params": no_decay, "weight_decay": 0.0}, {"params": decay, "weight_decay": DECAY}]
-    optimizer = torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.98), eps=1e-6)
-    preprocess = bundle.architecture.preprocess
-    mean, deviation = (np.asarray(values, np.float32) for values in (preprocess.mean, preprocess.std))
-    pixels = torch.from_numpy(((np.float32(images) / 255 - mean) / deviation).transpose(0, 3, 1, 2).copy()).to(device)
-    ids, loss_of = torch.from_numpy(tokens.astype(np.int64)).to(device), package.loss.ClipLoss()
-    called = torch.compile(model) if who == COMPILED else model
-    low = torch.autocast(device, dtype=torch.bfloat16, enabled=device != "cpu")
+        from clip_jax.weights import open_clip
 
-    def step() -> torch.Tensor:
-        optimizer.zero_grad()
-        with low:
-            loss = loss_of(**{name: x for name, x in called(pixels, ids).items() if name != "logit_bias"})
+        if not folder.exists():
+            open_clip.write(folder, bundle)
+        model = package.create_model(f"local-dir:{folder}", output_dict=True, device=device).train()
+        no_decay, decay = [], []
+        for name, parameter in model.named_parameters():
+            still = parameter.ndim < 2 or "bn" in name or "ln" in name or "bias" in name or "logit_scale" in name
+            (no_decay if still else decay).append(parameter)
+        groups = [{"params": no_decay, "weight_decay": 0.0}, {"params": decay, "weight_decay": DECAY}]
+        optimizer = torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.98), eps=1e-6)
+        preprocess = bundle.architecture.preprocess
+        mean, deviation = (np.asarray(values, np.float32) for values in (preprocess.mean, preprocess.std))
+        pixels = torch.from_numpy(((np.float32(images) / 255 - mean) / deviation).transpose(0, 3, 1, 2).copy())
+        ids = torch.from_numpy(tokens.astype(np.int64))
+        return cls(model, optimizer, package.loss.ClipLoss(), pixels.to(device), ids.to(device))
+
+    def step(self, call: Callable[..., dict]) -> "torch.Tensor":
+        """Returns the loss of a step, the model called so; on a GPU in its `amp_bf16`."""
+        import torch
+
+        self.optimizer.zero_grad()
+        with torch.autocast(self.pixels.device.type, dtype=torch.bfloat16, enabled=self.pixels.device.type != "cpu"):
+            outputs = call(self.pixels, self.ids)
+            loss = self.loss_of(**{name: x for name, x in outputs.items() if name != "logit_bias"})
         loss.backward()
-        optimizer.step()
+        self.optimizer.step()
         with torch.no_grad():
-            model.logit_scale.clamp_(0, np.log(100))
+            self.model.logit_scale.clamp_(0, np.log(100))
         return loss.detach()
 
-    return step
+    def steps(self, who: str, expected: float) -> Callable[[], float]:
+        """Returns the call that does a step, as it is or compiled, having done one whose loss is to be so.
+
+        Raises:
+            peers.Gap: it does not compile.
+        """
+        import torch
+
+        call = torch.compile(self.model) if who == COMPILED else self.model
+        try:
+            found = float(self.step(call))
+        except Exception as error:  # of the compiler, of Triton, of the C++ compiler behind them
+            if who != COMPILED:
+                raise
+            raise peers.Gap(f"does not compile: {str(error).strip().partition(chr(10))[0]}") from error
+        assert abs(found / expected - 1) <= CLOSE, f"{who}: the loss is {found}, ours {expected}"
+        return lambda: float(self.step(call))

@@ -14,7 +14,6 @@ import rich.text
 from clip_jax import distributed
 from clip_jax.data.sources import Source
 from clip_jax.errors import UserError
-from clip_jax.evaluation import pictures
 from clip_jax.evaluation.on_mesh import OnMesh
 from clip_jax.evaluation.progress import say
 from clip_jax.evaluation.tasks import Options, Result, digest, task_of
@@ -79,6 +78,8 @@ def evaluate(model: OnMesh, evaluation: Evaluation, file: AnyPath, *, draws: boo
 
 def _draw(evaluation: Evaluation, result: Result, file: AnyPath) -> list[str]:
     """Returns the files of the pictures that it draws."""
+    from clip_jax.evaluation import pictures  # not above: Matplotlib is half a second of a run's start
+
     drawn = []
     for word, draw in pictures.of(evaluation.source, evaluation.task, result).items():
         picture = file.with_name(f"{file.stem}_{word}.png")

@@ -258,8 +258,9 @@ def architecture(model: ModelConfig) -> Architecture:
     named = VARIANTS[model.variant]
     if model.logit_bias is not None:
         named = dataclasses.replace(named, logit_bias=model.logit_bias)
-    check(model, named)
-    return resized(named, model.image_size, model.context_length)
+    arch = resized(named, model.image_size, model.context_length)
+    check(model, arch)
+    return arch
 
 
 def check(model: ModelConfig, arch: Architecture) -> None:
@@ -271,9 +272,9 @@ def check(model: ModelConfig, arch: Architecture) -> None:
     if model.lora is not None:
         with about(f"model.lora_rank={model.lora_rank}"):
             model.lora.check(arch)
-    if lengths := model.text_lengths():
+    if lengths := model.compiled_lengths():
         with about(f"model.caption_lengths={model.caption_lengths!r}"):
-            if not arch.text.causal or arch.text.pool == "last":
+            if arch.text.sees_padding:
                 raise UserError("this text tower reads all of its context, whatever stands in it; leave it out")
             if lengths[-1] >= arch.text.context_length:
                 raise UserError(

@@ -47,7 +47,7 @@ class Journal:
         seen = start * self._global_batch
         self._bad_limit = BadLimit(config.data.bad_limit, seen=seen, state=unlogged.get("bad_window"))
         self._usage = Usage.of(program)
-        self._caption_lengths: list[jax.Array] = []  # of the steps since the last that was logged
+        self._text_lengths: list[jax.Array] = []  # of the steps since the last that was logged
         self.problem: str | None = None
         self.measured: dict[str, float] = {}
         with contextlib.ExitStack() as stack:
@@ -87,8 +87,8 @@ class Journal:
         self._incidents.dispatched(step, loss, metrics["finite"])
         self._profiler.dispatched(step, loss)
         self._progress.advance(step)
-        if "caption_length" in metrics:
-            self._caption_lengths.append(metrics["caption_length"])
+        if "text_length" in metrics:
+            self._text_lengths.append(metrics["text_length"])
 
     def log(self, step: int, metrics: Metrics, state: TrainState) -> bool:
         """Returns whether it is this step's turn to be logged, and perhaps measured; does both."""
@@ -98,8 +98,8 @@ class Journal:
             return False
         scalars = {name: value.item() for name, value in jax.device_get(metrics).items() if name != "finite"}
         scalars |= self._clock.lap()
-        lengths, self._caption_lengths = [int(n) for n in jax.device_get(self._caption_lengths)], []
-        scalars |= {"caption_length": sum(lengths) / len(lengths)} if lengths else {}
+        lengths, self._text_lengths = [int(n) for n in jax.device_get(self._text_lengths)], []
+        scalars |= {"text_length": sum(lengths) / len(lengths)} if lengths else {}
         scalars |= self._usage.scalars(scalars["pairs_per_second"], lengths)
         scalars["data_wait"], bad = self._feed.report(scalars["data_wait"], self.say)
         self._incidents.read(self.say)

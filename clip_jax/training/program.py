@@ -66,7 +66,7 @@ class Program:
         trained = self.optimizer.trained_numbers(self.state.params)
         if trained < numbers:
             lines.append(f"trained: {trained:,} of {numbers:,} parameters")
-        if lengths := config.model.text_lengths():
+        if lengths := config.model.compiled_lengths():
             shown = ", ".join(str(n) for n in (*lengths, self.architecture.text.context_length))
             lines.append(f"texts: up to the first of {shown} tokens that holds the longest caption of a batch")
         if self.parts > 1:
@@ -115,7 +115,7 @@ def assemble(
         seed=config.seed,
         ring=ring,
         parts=parts,
-        text_lengths=model.text_lengths(),
+        compiled_lengths=model.compiled_lengths(),
     )
     batch = abstract_batch(arch, config.data.global_batch, mesh)
     return Program(

@@ -14,6 +14,10 @@ from clip_jax import optim, sharding
 from clip_jax.models.clip import Definition, Params, Weights
 from clip_jax.weights.mapping import flatten, unflatten
 
+# For what runs once. Random numbers are long programs: on a CPU this takes two thirds off the time they compile, and
+# they are the same numbers in the same time.
+ONCE = {"xla_backend_optimization_level": 1}
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
@@ -102,7 +106,7 @@ def initial_state(definition: Definition, optimizer: optim.Optimizer, abstract: 
         return _new(definition.init(key), optimizer)
 
     places = jax.tree.map(lambda x: x.sharding, abstract)
-    return jax.jit(init, out_shardings=places)(jax.random.key(seed))
+    return jax.jit(init, out_shardings=places, compiler_options=ONCE)(jax.random.key(seed))
 
 
 def state_from(
@@ -131,7 +135,8 @@ def state_from(
 
     placed = {path: place(path) for path in like if path in arrays}
     if drawn:
-        placed |= jax.jit(draw, out_shardings={path: places[path] for path in drawn})(jax.random.key(seed))
+        where = {path: places[path] for path in drawn}
+        placed |= jax.jit(draw, out_shardings=where, compiler_options=ONCE)(jax.random.key(seed))
     weights = unflatten(placed, abstract.weights)
     all_places = jax.tree.map(lambda x: x.sharding, abstract)
     return jax.jit(lambda weights: _new(weights, optimizer), out_shardings=all_places, donate_argnums=0)(weights)

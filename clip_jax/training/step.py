@@ -52,7 +52,7 @@ def make_train_step(
     seed: int = 0,
     ring: losses.Ring | None = None,
     parts: int = 1,
-    text_lengths: Sequence[int] = (),
+    compiled_lengths: Sequence[int] = (),
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Returns the compiled function (state, global batch) → (state, metrics).
 
@@ -61,10 +61,10 @@ def make_train_step(
     form; the towers go over the batch in `parts`. Gradients are those of what is trained: nothing else has any. Where
     the loss or a gradient is not finite (`finite` in the metrics), all stays as it was but the step: it counts batches.
 
-    Texts are computed up to the first of `text_lengths` that holds the batch's longest caption, else up to the context
-    length: behind a causal mask nothing after a caption is seen, and nothing there has a gradient. Devices choose by
-    the captions of all, so that hosts have nothing to settle; `caption_length` in the metrics is what they chose. Each
-    length has a program of its own for all of the gradients: what the two passes share does not leave it.
+    Texts are computed up to the first of `compiled_lengths` that holds the batch's longest caption, else up to the
+    context length: behind a causal mask nothing after a caption is seen, and nothing there has a gradient. Devices
+    choose by the captions of all, so that hosts have nothing to settle; `text_length` in the metrics is what they
+    chose. Each length has a program of its own for all of the gradients: what the two passes share does not leave it.
     """
     image_is_fixed = not optimizer.trains("image")
     fixed = {f"fixed_{tower}": optimizer.fixed_blocks(tower) for tower in ("image", "text")}
@@ -94,7 +94,7 @@ def make_train_step(
 
     def by_length(batch: Batch, *arguments: Params | jax.Array):
         text = definition.architecture.text
-        lengths = (*text_lengths, text.context_length)
+        lengths = (*compiled_lengths, text.context_length)
         chosen = jnp.searchsorted(jnp.asarray(lengths), 1 + pooled_at(text, batch.tokens).max())
 
         def of_length(length: int, batch: Batch, *arguments: Params | jax.Array):
@@ -102,12 +102,12 @@ def make_train_step(
 
         branches = [functools.partial(of_length, length) for length in lengths]
         (loss, (metrics, statistics)), gradients = jax.lax.switch(chosen, branches, batch, *arguments)
-        metrics["caption_length"] = jnp.asarray(lengths)[chosen]
+        metrics["text_length"] = jnp.asarray(lengths)[chosen]
         return (loss, (metrics, statistics)), gradients
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         trained, fixed = optimizer.split(state.params)
-        differentiate = by_length if text_lengths else differentiated
+        differentiate = by_length if compiled_lengths else differentiated
         (_, (metrics, statistics)), gradients = differentiate(batch, trained, fixed, state.statistics, state.step)
         metrics |= norms("gradient", optimizer.of_trained(gradients)) | norms("parameter", state.params)
         metrics["learning_rate"] = optimizer.schedule(state.step)

@@ -40,7 +40,7 @@ class Usage:
         both = loss(sides=trains("image") + trains("text"))
         by_length = {
             length: flops.of_pair(variants.resized(arch, context_length=length), *how).training(factors) + both
-            for length in (*config.model.text_lengths(), arch.text.context_length)
+            for length in (*config.model.compiled_lengths(), arch.text.context_length)
         }
         return cls(
             kind=mesh.devices.flat[0].device_kind,

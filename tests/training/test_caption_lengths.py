@@ -1,8 +1,12 @@
 """Texts computed up to the longest caption of a batch: the same training, by the length that all devices choose."""
 
+import dataclasses
+import functools
+
 import jax
 import numpy as np
 import pytest
+from test_loop import small_config
 
 from clip_jax import losses, optim, sharding
 from clip_jax.config import Config, LossConfig, MeshConfig, ModelConfig, OptimConfig, Steps
@@ -10,9 +14,11 @@ from clip_jax.errors import UserError
 from clip_jax.models.clip import Definition
 from clip_jax.models.transformer import Compute
 from clip_jax.models.variants import VARIANTS
+from clip_jax.training.loop import train
 from clip_jax.training.program import assemble
 from clip_jax.training.state import TrainState, abstract_state, initial_state
 from clip_jax.training.step import make_train_step
+from clip_jax.training.step_lines import read_lines
 from clip_jax.training.usage import Usage
 from clip_jax.typing import Batch
 
@@ -43,7 +49,7 @@ def trained(sizes: tuple[int, int, int], lengths: tuple[int, ...], parts: int) -
     abstract = abstract_state(definition, optimizer, mesh)
     state = initial_state(definition, optimizer, abstract, seed=0)
     ring = losses.ring_for(LossConfig(form="ring"), mesh, sharding.BATCH_AXES, SIZE)
-    step, said = make_train_step(definition, optimizer, abstract, ring=ring, parts=parts, text_lengths=lengths), []
+    step, said = make_train_step(definition, optimizer, abstract, ring=ring, parts=parts, compiled_lengths=lengths), []
     for longest in LONGEST:
         state, metrics = step(state, sharding.to_mesh(batch_of(longest), SIZE, mesh))
         said.append(jax.device_get(metrics))
@@ -61,9 +67,9 @@ def trained(sizes: tuple[int, int, int], lengths: tuple[int, ...], parts: int) -
 def test_losses_and_weights_are_those_of_the_whole_context(sizes, parts, x64):
     whole, expected = trained((1, 1, 1), (), 1)
     found, said = trained(sizes, LENGTHS, parts)
-    assert [int(one["caption_length"]) for one in said] == list(LONGEST.values())
+    assert [int(one["text_length"]) for one in said] == list(LONGEST.values())
     for one, other in zip(said, expected, strict=True):
-        assert "caption_length" not in other
+        assert "text_length" not in other
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-10)
         assert one["gradient_norm"] == pytest.approx(other["gradient_norm"], rel=1e-9)
     # Adam divides by what may be as small as its epsilon of 1e-6: a difference of 1e-16 there is one of 1e-12 here.
@@ -84,6 +90,26 @@ def test_what_counts_as_computed_is_the_part_of_the_texts_that_was():
     mfu = [chips.scalars(1000.0, lengths)["mfu"] for lengths in ((), (77,), (24, 77))]
     assert mfu[0] == mfu[1]
     assert mfu[2] == pytest.approx(mfu[0] * (1 + short / usage.flops) / 2)
+
+
+def test_a_run_says_how_long_texts_were_and_goes_on_with_other_lengths(data_dir, tmp_path):
+    config = small_config(data_dir, duration="4 steps", checkpoint_every=2)
+    train(config, tmp_path / "whole", devices=jax.devices()[:1])
+    for lengths, until in (("12", "2 steps"), ("10;14", "4 steps")):
+        cut = dataclasses.replace(config, model=dataclasses.replace(config.model, caption_lengths=lengths))
+        stopped = functools.partial(lambda until, step: step == until, int(until[0]))
+        train(cut, tmp_path / "cut", devices=jax.devices()[:1], preempted=stopped)
+    whole, found = (read_lines(tmp_path / name / "metrics.jsonl") for name in ("whole", "cut"))
+    assert [line["text_length"] for line in found] == [12, 12, 10, 10]
+    assert [line["step"] for line in found] == [1, 2, 3, 4]
+    for one, other in zip(found, whole, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        assert "text_length" not in other
+
+
+def test_lengths_are_measured_by_the_context_that_the_config_asks_for():
+    program = assemble(Config(model=ModelConfig(context_length=128, caption_lengths="96")))
+    assert Usage.of(program).by_length.keys() == {96, 128}
 
 
 @pytest.mark.parametrize(
