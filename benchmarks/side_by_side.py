@@ -79,13 +79,19 @@ class Row:
         return cls(**{field.name: content[field.name] for field in dataclasses.fields(cls)})
 
 
-def in_turns(jobs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Returns the seconds of each job, round by round; a round more, the first, warms up. Every round another begins:
-    a peer's threads may still be awake when the next one starts."""
+def in_turns(jobs: Mapping[str, Callable[[], object]], rounds: int, *, before: int = 0) -> dict[str, list[float]]:
+    """Returns the seconds of each job, round by round; a round more, the first, warms up.
+
+    Every round another begins: a peer's threads may still be awake when the next one starts. `before` a call that
+    counts come so many in its turn that do not: what takes gigabytes at once, as a step does, finds them given back to
+    the system after the others' turns, and in a run its own.
+    """
     taken: dict[str, list[float]] = {who: [] for who in jobs}
     order = list(jobs)
     for _ in range(rounds + 1):
         for who in order:
+            for _ in range(before):
+                jobs[who]()
             start = time.perf_counter()
             jobs[who]()
             taken[who].append(time.perf_counter() - start)

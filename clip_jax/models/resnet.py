@@ -19,6 +19,66 @@ EPS = 1e-5
 MOMENTUM = 0.1  # the share of a new batch in the running statistics
 
 
+def convolve(
+    x_BHWD: Float[jax.Array, "B H W D"], kernel: Float[jax.Array, "S S D F"], stride: int
+) -> Float[jax.Array, "B h w F"]:
+    """Returns the convolution with a square kernel, the image filled up with zeros so that it keeps its size."""
+    if kernel.shape[0] == 1 and stride == 1:
+        return x_BHWD @ kernel[0, 0]
+    return _convolve(x_BHWD, kernel) if stride == 1 else _native(x_BHWD, kernel, stride)
+
+
+def _native(x_BHWD: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+    margin = kernel.shape[0] // 2
+    return jax.lax.conv_general_dilated(
+        x_BHWD,
+        kernel,
+        window_strides=(stride, stride),
+        padding=((margin, margin), (margin, margin)),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+
+
+@jax.custom_vjp
+def _convolve(x_BHWD: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Convolves with stride 1. Its gradients are written out for CPUs, where XLA brings convolutions into the form for
+    which it has a fast kernel, but not in the body of a loop, such as a scan over blocks: there those of `_native` take
+    twenty times as long."""
+    return _native(x_BHWD, kernel, 1)
+
+
+def _convolve_forward(x_BHWD: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _native(x_BHWD, kernel, 1), (x_BHWD, kernel)
+
+
+def _convolve_backward(kept: tuple[jax.Array, jax.Array], d_BHWF: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x_BHWD, kernel = kept
+    d_x_BHWD = _native(d_BHWF, kernel[::-1, ::-1].swapaxes(2, 3), 1)
+    d_kernel = jax.lax.platform_dependent(x_BHWD, d_BHWF, kernel, cpu=_kernel_by_products, default=_kernel_natively)
+    return d_x_BHWD, d_kernel
+
+
+_convolve.defvjp(_convolve_forward, _convolve_backward)
+
+
+def _kernel_natively(x_BHWD: jax.Array, d_BHWF: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Returns the kernel's gradient as XLA computes it."""
+    return jax.vjp(lambda kernel: _native(x_BHWD, kernel, 1), kernel)[1](d_BHWF)[0]
+
+
+def _kernel_by_products(x_BHWD: jax.Array, d_BHWF: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Returns the kernel's gradient: a product of matrices for each of its pixels."""
+    size, (height, width) = kernel.shape[0], x_BHWD.shape[1:3]
+    margin = ((0, 0), (size // 2,) * 2, (size // 2,) * 2, (0, 0))
+    filled = jnp.pad(x_BHWD, margin)
+    of_pixels = [
+        jnp.einsum("BHWD,BHWF->DF", filled[:, i : i + height, j : j + width], d_BHWF)
+        for i in range(size)
+        for j in range(size)
+    ]
+    return jnp.stack(of_pixels).reshape(kernel.shape)
+
+
 class BatchNorm(nnx.Module):
     """Normalises every channel by the batch when training, else by the running statistics (arXiv 1502.03167).
 
@@ -62,15 +122,7 @@ class Conv(nnx.Module):
         self.stride = stride
 
     def __call__(self, x_BHWD: Float[jax.Array, "B H W D"], *, train: bool) -> Float[jax.Array, "B h w F"]:
-        margin = self.kernel.shape[0] // 2
-        x_BhwF = jax.lax.conv_general_dilated(
-            x_BHWD,
-            self.kernel[...].astype(x_BHWD.dtype),
-            window_strides=(self.stride, self.stride),
-            padding=((margin, margin), (margin, margin)),
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
-        return self.norm(x_BhwF, train=train)
+        return self.norm(convolve(x_BHWD, self.kernel[...].astype(x_BHWD.dtype), self.stride), train=train)
 
 
 def average_pool(x_BHWD: Float[jax.Array, "B H W D"], size: int) -> Float[jax.Array, "B h w D"]:
