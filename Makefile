@@ -2,8 +2,8 @@
 # make test         what every change must pass, 15 minutes at most on 2 cores
 # make test-full    everything, the full-size and long cases too
 # make test-latest  all that needs no PyTorch, on the newest JAX (needs a Python of 3.12 or later)
-# make bench        us beside the peers, a table, JSON and a picture in runs/bench; QUICK=1: fewer rows and rounds
-# make benchmark    beside OpenAI's own code, the memory of conversions, the loss in both forms, saves (a few minutes)
+# make bench        us beside the peers: a table, JSON and a picture in runs/bench (an hour; QUICK=1: ten minutes)
+# make benchmark-memory  what conversions, the loss in both forms, and saves take (a few minutes)
 # make benchmark-data  the data path beside OpenCLIP's loader, and what indexes and long runs cost (15 minutes)
 # make benchmark-training  training beside OpenCLIP's own loop, 200 steps in three precisions (15 minutes)
 # make benchmark-evaluation  the zero-shot classifier beside OpenCLIP's, ranks beside faiss', memory (10 minutes)
@@ -34,7 +34,7 @@ ORACLES := "torch==2.13.0" "setuptools<81" regex tqdm packaging "transformers==5
 ORACLES_NO_DEPS := "torchvision==0.28.0" clip-anytorch "open_clip_torch==3.3.0" "timm==1.0.31" \
   "clip-benchmark==1.6.2" "pycocoevalcap==1.2" pycocotools
 
-.PHONY: quickstart test test-full test-latest bench benchmark benchmark-data benchmark-training benchmark-evaluation plans lint clean
+.PHONY: quickstart test test-full test-latest bench benchmark-memory benchmark-data benchmark-training benchmark-evaluation plans lint clean
 
 quickstart: $(VENV)/.ready
 	$(VENV)/bin/python train.py --config=configs/quickstart.py --workdir=$(WORKDIR)
@@ -58,8 +58,7 @@ endif
 bench: $(VENV_TEST)/.ready
 	$(VENV_TEST)/bin/python benchmarks/bench.py $(if $(QUICK),--quick)
 
-benchmark: $(VENV_TEST)/.ready
-	$(VENV_TEST)/bin/python benchmarks/openai_clip.py
+benchmark-memory: $(VENV_TEST)/.ready
 	$(VENV_TEST)/bin/python benchmarks/conversion_memory.py
 	$(VENV_TEST)/bin/python benchmarks/contrastive_loss.py
 	$(VENV_TEST)/bin/python benchmarks/checkpoints.py

@@ -3,8 +3,8 @@
     make bench        or: python benchmarks/bench.py [--quick] [--only=encoding,loss] [--output=FOLDER]
 
 Hardware: any CPU, for `gpu.py` see there; peers are measured where they are installed (`make test` installs them).
-Time: about forty minutes on 2 cores, six with --quick, which has fewer rows and rounds.
-In FOLDER (runs/bench) it leaves bench.json and bench.png.
+Time: an hour or more on 2 cores, ten minutes with --quick, which has fewer rows and rounds.
+In FOLDER (runs/bench) it leaves bench.json and bench.png; with --only they keep the other groups that they have.
 """
 
 import argparse
@@ -23,7 +23,8 @@ import rich.progress
 from side_by_side import Row, draw, table, to_json
 
 # By name, what is measured; each in a process of its own, so that none warms up another.
-GROUPS = ("start", "encoding", "training", "runs", "loss", "host", "loader", "classifier", "checkpoints")
+GROUPS = ("host", "encoding", "training", "runs", "start", "loss", "checkpoints", "loader", "classifier")
+FILE, PICTURE = "bench.json", "bench.png"
 PACKAGES = ("jax", "flax", "torch", "open_clip_torch", "clip-anytorch", "transformers")
 
 
@@ -43,7 +44,7 @@ def main() -> None:
         parser.error(f"--only={unknown[0]} is none of {', '.join(GROUPS)}")
     asked.output.mkdir(parents=True, exist_ok=True)
     console, machine = rich.console.Console(width=150), where()
-    groups, failed = {}, []
+    groups, failed = measured_before(asked.output / FILE) if asked.only else {}, []
     with rich.progress.Progress(*rich.progress.Progress.get_default_columns(), console=console) as progress:
         bar = progress.add_task("", total=len(names))
         for name in names:
@@ -57,17 +58,28 @@ def main() -> None:
                 failed.append(name)
                 console.print(str(error), style="red", markup=False, highlight=False)
             progress.advance(bar)
-    title = f"clip_jax beside its peers: {machine['processor']}, {machine['cores']} cores"
-    for file, write in (
-        ("bench.json", lambda path: path.write_text(to_json(machine, groups))),
-        ("bench.png", lambda path: draw(path, title, groups)),
-    ):
-        partial = asked.output / f"partial-{file}"
-        write(partial)
-        partial.replace(asked.output / file)
-        console.print(str(asked.output / file))
+            write(asked.output, machine, groups)
+    console.print(f"{asked.output / FILE}, {asked.output / PICTURE}")
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
+
+
+def measured_before(file: Path) -> dict[str, list[Row]]:
+    """Returns the groups that a file has: where some are measured anew, the others stay."""
+    there = json.loads(file.read_text())["groups"] if file.exists() else {}
+    return {name: [Row.of_json(row) for row in rows] for name, rows in there.items()}
+
+
+def write(folder: Path, machine: dict[str, object], groups: dict[str, list[Row]]) -> None:
+    """Writes both files, with what has been measured until now."""
+    title = f"clip_jax beside its peers: {machine['processor']}, {machine['cores']} cores"
+    for file, make in (
+        (FILE, lambda path: path.write_text(to_json(machine, groups))),
+        (PICTURE, lambda path: draw(path, title, groups)),
+    ):
+        partial = folder / f"partial-{file}"
+        make(partial)
+        partial.replace(folder / file)
 
 
 class Failed(Exception):

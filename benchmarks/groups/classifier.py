@@ -10,5 +10,5 @@ from side_by_side import Row
 def rows(quick: bool, folder: Path) -> Iterator[Row]:
     """Yields a row: ViT-B/32's text tower, half as wide."""
     classes = 100 if quick else evaluation.CLASSES
-    taken, gaps = evaluation.classifier(1 if quick else 3, folder / "model", classes)
+    taken, gaps = evaluation.classifier(1, folder / "model", classes)
     yield Row(f"{classes:,} classes × {len(evaluation.TEMPLATES)} templates", taken, bar=2.0, gaps=gaps)

@@ -12,7 +12,7 @@ from clip_jax.weights.bundle import Bundle
 
 
 def drawn(variant: str) -> Bundle:
-    """Returns a model's weights as a training begins."""
+    """Returns a model's weights as a training begins, each a number of float16's: OpenAI's code makes it one."""
     import jax
 
     from clip_jax.models.clip import Definition
@@ -20,6 +20,7 @@ def drawn(variant: str) -> Bundle:
 
     arch = VARIANTS[variant]
     arrays = flatten(jax.device_get(jax.jit(Definition(arch).init)(jax.random.key(0))))
+    arrays = {path: x.astype(np.float16).astype(x.dtype) for path, x in arrays.items()}
     return Bundle(arch, arrays, variant, "random")
 
 
