@@ -117,6 +117,8 @@ def main() -> None:
             processes.resume()
         console.print(f"{device['kind']}, {lab.report.head['machine']['packages']}")
         missing = measure(lab, asked.only.split(","), [asked.variant] if asked.variant else list(models), models)
+        if processes.is_late:
+            console.print("time was up: what is missing is a gap; --resume goes on", style="red")
     if missing:
         sys.exit(f"nothing of ours was measured: {', '.join(missing)}")
 

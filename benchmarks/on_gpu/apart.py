@@ -36,6 +36,10 @@ class Processes:
     where: str = ""  # device and packages: what was measured with others is not the same
     known: dict[str, Found] = dataclasses.field(default_factory=dict)  # by job and `where`
 
+    @property
+    def is_late(self) -> bool:
+        return time.monotonic() >= self.until
+
     def resume(self) -> None:
         """Takes what earlier runs have found; what was not measured is tried again, unless memory did not suffice."""
         file = self.folder / "measured.jsonl"
@@ -58,9 +62,9 @@ class Processes:
 
     def start(self, job: Job) -> Found:
         """Returns what a job finds in a new process."""
-        left = min(LONGEST, self.until - time.monotonic())
-        if left <= 0:
+        if self.is_late:
             return {"gap": LATE}
+        left = min(LONGEST, self.until - time.monotonic())
         command = [sys.executable, "-m", "on_gpu.job", json.dumps(dataclasses.asdict(job)), str(self.scratch)]
         streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         # A group of its own: torch.compile starts others, which are to end with it.
@@ -68,7 +72,7 @@ class Processes:
             try:
                 output, errors = process.communicate(timeout=left)
             except subprocess.TimeoutExpired:
-                return {"gap": LATE if left < LONGEST else f"took longer than {LONGEST:.0f} s"}
+                return {"gap": LATE if self.is_late else f"took longer than {LONGEST:.0f} s"}
             finally:
                 if process.poll() is None:
                     os.killpg(process.pid, signal.SIGKILL)

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from on_gpu.job import COMPILED, OURS, PEER, SCALE, Found, Job
-from on_gpu.lab import Lab, Model, alternating, as_json, fastest, gaps_of, percent, prepare, rate, row_of, used
+from on_gpu.lab import Lab, Model, alternating, as_json, fastest, gaps_of, median, percent, prepare, rate, row_of, used
 from side_by_side import Row
 
 BAR = 1.3  # times as fast as the faster of the two
@@ -26,13 +26,14 @@ def measure(lab: Lab, variant: str, model: Model) -> bool:
     jobs = {who: job for who, job in chosen.items() if who not in gaps}
     known = {"setting": dataclasses.asdict(setting), "swept": best is not None, "bar": model.bar}
     known |= {"tried": [one for of_who in tried.values() for one in as_json(of_who)], "same_batch": same_batch(tried)}
-    sides = {who: dataclasses.asdict(job) | summary(lab, job, tried[who][job]) for who, job in jobs.items()}
+    sides = {who: summary(lab, job, [tried[who][job]]) for who, job in jobs.items()}
     lab.report.keep("training", **{variant: known | {"sides": sides, "gaps": gaps, "row": None}})
     if OURS not in jobs:
         lab.console.print(f"{variant}: {gaps[OURS]}", style="red")
         return False
     turns = alternating(lab, jobs, first=1)
     gaps = gaps_of(turns) | gaps
+    measured = [who for who in jobs if who not in gaps]
     batches = ", ".join(f"{who} {job.n:,}" for who, job in jobs.items())
     row = row_of(
         f"1,000 pairs in steps of {variant}",
@@ -42,6 +43,7 @@ def measure(lab: Lab, variant: str, model: Model) -> bool:
         gaps=gaps,
         note=f"batches: {batches}",
     )
+    sides |= {who: summary(lab, jobs[who], [tried[who][jobs[who]], *(turn[who] for turn in turns)]) for who in measured}
     lab.report.keep("training", **{variant: known | {"sides": sides, "gaps": gaps, "row": row and row.as_json()}})
     show_training(lab, variant, model, row, sides, same_batch(tried))
     return row is not None
@@ -83,11 +85,16 @@ def same_batch(tried: Mapping[str, Mapping[Job, Found]]) -> dict[int, dict[str, 
     return {batch: {who: of_who[batch] for who, of_who in measured.items()} for batch in sorted(both)}
 
 
-def summary(lab: Lab, job: Job, found: Found) -> dict[str, Any]:
-    """Returns what is told of a side; what its device does not tell is a gap."""
-    told = {name: found.get(name) for name in ("compile_seconds", "peak_gb", "planned_gb", "loss", "attention")}
+def summary(lab: Lab, job: Job, found: Sequence[Found]) -> dict[str, Any]:
+    """Returns what is told of a side: its rate by the turns, what compiling took by what was found before them; what
+    its device does not tell is a gap."""
+    first, *turns = found
+    told = {name: first.get(name) for name in ("compile_seconds", "peak_gb", "planned_gb", "loss", "attention")}
+    told["peak_gb"] = max((one["peak_gb"] for one in found if one["peak_gb"] is not None), default=None)
     gaps = {"peak_gb": "the device does not tell"} if told["peak_gb"] is None else {}
-    return used(lab, job, found) | told | ({"gaps": gaps} if gaps else {})
+    seconds = [median(one) for one in turns or [first]]
+    how = {name: value for name, value in dataclasses.asdict(job).items() if name != "attention"}
+    return how | told | used(lab, job, {"seconds": seconds}) | ({"gaps": gaps} if gaps else {})
 
 
 def show_training(

@@ -205,3 +205,130 @@ def test_rows_have_who_was_measured_in_all_turns_and_gaps_for_the_rest(gpu):
 def test_jobs_survive_being_written_as_json(gpu):
     job = gpu.Job("step", n=8, microbatch=4, lap=0.5)
     assert gpu.Job(**json.loads(json.dumps(dataclasses.asdict(job)))) == job
+
+
+# A GPU of our making, which runs no process: what `gpu.py` makes of what it is told.
+
+HERE = {"kind": "NVIDIA H200", "platform": "gpu", "bytes": 133e9}
+MEMORY = {"clip_jax": 2048, "OpenCLIP": 512, "OpenCLIP, torch.compile": 1024}  # pairs of a step that fit
+
+
+def made_up(job: Any, slow: float = 2.0) -> dict:
+    """Returns what a job would find on it: we are `slow` times as fast as the peers."""
+    times = 1.0 if job.who.startswith("clip_jax") else slow
+    known = {"compile_seconds": 30.0, "peak_gb": 50.0, "planned_gb": 45.0}
+    if job.kind == "device":
+        return HERE
+    if job.kind == "product":
+        return known | {"seconds": [2 * job.n**3 / 790e12]}
+    if job.kind == "weights":
+        return {"numbers": 1}
+    if job.kind == "features":
+        return known | {"seconds": [0.02 * times], "features": [[1.0, 0.0], [0.0, 1.0]]}
+    if job.kind == "loss":
+        if job.n > 65536 and job.who != "clip_jax":
+            return {"gap": "RESOURCE_EXHAUSTED", "no_memory": True}
+        return {"seconds": [0.04 * times], "loss": 4.0, "peak_gb": 0.55, "planned_gb": 0.5}
+    if (job.microbatch or job.n) > MEMORY[job.who]:
+        return {"gap": "RESOURCE_EXHAUSTED", "no_memory": True}
+    if job.flags.startswith("--xla_gpu_triton"):
+        return {"gap": "ended with -6: Unknown flag in XLA_FLAGS"}
+    per_pair = 1e-3 * times * (1.2 if job.attention == "xla" else 1.0) * (1.1 if job.microbatch else 1.0)
+    return known | {"seconds": [job.n * per_pair * (0.9 if job.flags else 1.0)] * 2, "loss": 6.0, "attention": "cudnn"}
+
+
+@pytest.fixture
+def on_made_up_gpu(gpu, monkeypatch, tmp_path):
+    """Runs the script there with these flags; returns the jobs that it has started."""
+
+    def run(*flags: str, found=made_up) -> list:
+        jobs = []
+
+        def start(self, job):
+            jobs.append(job)
+            return found(job)
+
+        monkeypatch.setattr(gpu.Processes, "start", start)
+        monkeypatch.setattr(gpu.signal, "signal", lambda *_: None)  # this process is not its own
+        monkeypatch.setattr(sys, "argv", ["gpu.py", f"--output={tmp_path}", *flags])
+        gpu.main()
+        return jobs
+
+    return run
+
+
+def part(folder: Path, name: str) -> dict:
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+def test_on_a_gpu_each_side_is_compared_at_its_best_batch_in_turns(on_made_up_gpu, tmp_path, capsys):
+    jobs = on_made_up_gpu("--only=training", "--variant=ViT-B-32")
+    found = part(tmp_path, "training")["found"]["ViT-B-32"]
+    sides = found["sides"]
+    assert {who: side["n"] for who, side in sides.items()} == {"clip_jax": 1024, "OpenCLIP, torch.compile": 1024}
+    assert found["gaps"] == {"OpenCLIP": "RESOURCE_EXHAUSTED"}
+    assert found["row"]["ratio"] == pytest.approx(2)
+    assert found["same_batch"] == {
+        "1024": {"clip_jax": pytest.approx(1e3), "OpenCLIP, torch.compile": pytest.approx(500)}
+    }
+    [cost] = {side["pair_flops"] for side in sides.values()}
+    assert sides["clip_jax"]["mfu"] == pytest.approx(1e3 * cost / 989e12)
+    assert sides["clip_jax"]["mfu_of_products"] == pytest.approx(1e3 * cost / 790e12)
+    turns = [(job.turn, job.who) for job in jobs if job.kind == "step" and job.turn]
+    assert turns == [(turn, who) for turn in (1, 2, 3) for who in sides]
+    assert "bar 35%" in capsys.readouterr().out
+
+
+def test_training_takes_what_the_sweep_has_found_best(on_made_up_gpu, tmp_path, capsys):
+    on_made_up_gpu("--only=sweep", "--variant=ViT-B-16")
+    swept = part(tmp_path, "sweep")["found"]["ViT-B-16"]
+    assert (swept["best"]["attention"], swept["best"]["remat"]) == ("cudnn", "none")
+    assert {one["remat"] for one in swept["tried"]} == {"none", "dots", "attention", "full"}
+    assert {one["gap"] for one in swept["tried"] if "gap" in one} == {"ended with -6: Unknown flag in XLA_FLAGS"}
+    assert swept["config"][-1].startswith("XLA_FLAGS=")
+    assert 'config.model.attention = "cudnn"' in capsys.readouterr().out
+    jobs = on_made_up_gpu("--only=training", "--variant=ViT-B-16")
+    ours = [job for job in jobs if job.kind == "step" and job.who == "clip_jax"]
+    assert {job.flags for job in ours} == {swept["best"]["flags"]}
+    assert part(tmp_path, "training")["found"]["ViT-B-16"]["swept"]
+
+
+def test_a_variant_of_which_nothing_fits_stays_with_its_errors(on_made_up_gpu, tmp_path):
+    def none(job) -> dict:
+        return {"gap": "RESOURCE_EXHAUSTED", "no_memory": True} if job.kind == "step" else made_up(job)
+
+    with pytest.raises(SystemExit, match="nothing of ours was measured: sweep of ViT-L-14, training of ViT-L-14"):
+        on_made_up_gpu("--only=sweep,training", "--variant=ViT-L-14", found=none)
+    assert part(tmp_path, "sweep")["found"]["ViT-L-14"]["best"] is None
+    for name in ("sweep", "training"):
+        assert {one["gap"] for one in part(tmp_path, name)["found"]["ViT-L-14"]["tried"]} == {"RESOURCE_EXHAUSTED"}
+
+
+def test_the_loss_goes_on_where_others_have_no_memory_and_is_held_to_its_bars(on_made_up_gpu, tmp_path):
+    on_made_up_gpu("--only=loss,encoding")
+    found = part(tmp_path, "loss")["found"]
+    assert list(found) == [str(2**n) for n in range(12, 19)]
+    seconds, memory = found["65536"]["rows"]
+    assert (seconds["most"], memory["most"]) == (50.0, 0.6)
+    assert memory["found"]["clip_jax"] == [0.55] * 3
+    assert found["131072"]["gaps"]["OpenCLIP"] == "RESOURCE_EXHAUSTED"
+    assert found["262144"]["gaps"]["clip_jax, dense"] == "no memory at 131,072"
+    encoded = part(tmp_path, "encoding")["found"]["ViT-L-14"]["row"]
+    assert encoded["fastest"] != "clip_jax, cuDNN's attention"
+    assert encoded["ratio"] == pytest.approx(2)
+
+
+def test_peers_with_other_features_or_losses_are_none(on_made_up_gpu, tmp_path):
+    def other(job) -> dict:
+        found = made_up(job)
+        if job.who == "OpenCLIP":
+            found |= {"features": [[1.0, 0.2], [0.0, 1.0]]} if job.kind == "features" else {"loss": 5.0}
+        return found
+
+    on_made_up_gpu("--only=loss,encoding", found=other)
+    for row in (
+        part(tmp_path, "encoding")["found"]["ViT-L-14"]["row"],
+        part(tmp_path, "loss")["found"]["4096"]["rows"][0],
+    ):
+        assert "OpenCLIP" not in row["found"]
+        assert "not the same job" in row["gaps"]["OpenCLIP"]
