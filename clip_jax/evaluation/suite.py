@@ -97,9 +97,11 @@ def open_all(
             return open_source(spec.replace("{root}", root or ""), data_dir=data_dir, default_split=split, needs=needs)
 
         with about(one.dataset):
-            task = _made_for(source(one.dataset, "test", ("image",))) if one.task == "auto" else one.task
+            changes = dict(one.options)
+            named = changes.get("classnames", options.classnames) is not None
+            task = _made_for(source(one.dataset, "test", ("image",)), named) if one.task == "auto" else one.task
             needs = task_of(task).needs
-            test, changes = source(one.dataset, "test", needs), dict(one.options)
+            test = source(one.dataset, "test", needs)
             if task == "linear_probe":
                 train = source(one.dataset if one.train is None else one.train, "train", needs)
                 validation = one.validation and source(one.validation, "validation", needs)
@@ -115,9 +117,9 @@ def open_all(
     return all_of(*((lambda one=one: opened(one)) for one in wanted))
 
 
-def _made_for(source: Source) -> str:
-    """Returns the task for a data set: class names are there to be told apart."""
-    return "zeroshot_classification" if source.classnames else "zeroshot_retrieval"
+def _made_for(source: Source, named: bool) -> str:
+    """Returns the task for a data set: class names, its own or `named`, are there to be told apart."""
+    return "zeroshot_classification" if source.classnames or named else "zeroshot_retrieval"
 
 
 def _check_apart(test: Source, other: Source | None, flag: str) -> None:

@@ -19,6 +19,7 @@ from clip_jax.data import index_file, storage
 from clip_jax.data.problems import BadRecord, Problem
 from clip_jax.data.sources import Record, Source, benchmark, open_source
 from clip_jax.errors import UserError
+from clip_jax.evaluation import suite, tasks
 
 SHARDS, EACH = 12, 2
 CLASSES = ("cat", "hot dog", "Boeing 737")
@@ -138,6 +139,15 @@ def test_a_set_without_class_names_and_prompts_has_labels_of_any_number(root):
     assert source[1].label == 1
 
 
+def test_class_names_from_elsewhere_make_it_a_classification(root):
+    (root / "classnames.txt").unlink()
+    wanted = [suite.Wanted(f"wds:{root}")]
+    with pytest.raises(UserError, match="evaluate it with --task=zeroshot_classification"):
+        suite.open_all(wanted, tasks.Options())
+    [found] = suite.open_all(wanted, tasks.Options(classnames="names.json"))
+    assert found.task == "zeroshot_classification"
+
+
 def test_a_split_is_named_by_its_folder_or_is_the_usual_one(root, monkeypatch):
     shutil.copytree(root / "test", root / "train")
     (root / "train/nshards.txt").write_text("3")
@@ -220,9 +230,9 @@ def test_a_label_that_has_no_name_says_that_the_names_are_of_other_data(root):
 
 
 def test_a_task_that_needs_what_the_records_have_not_is_refused(root, captioned):
-    with pytest.raises(UserError, match=r"^\S+flickr is for zeroshot_retrieval: its records .* and no label$"):
+    with pytest.raises(UserError, match=r"^\S+flickr is for zeroshot_retrieval: its records .* and no label; evaluate"):
         opened(captioned)
-    with pytest.raises(UserError, match=r"^\S+pets is for zeroshot_classification: its records .* and no captions$"):
+    with pytest.raises(UserError, match=r"pets is for .*classification: .* and no captions; .*--task=zeroshot_class"):
         opened(root, CAPTIONS)
 
 

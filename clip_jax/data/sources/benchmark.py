@@ -206,7 +206,10 @@ def _what_it_has(about: str, needs: Collection[str]) -> str:
         raise UserError(f"{path} says {said[:40]!r}; it must say one of: {', '.join(HAVE)}")
     if missing := [need for need in needs if need not in ("image", HAVE[said])]:
         lacks = " and no ".join(missing)
-        raise UserError(f"{about} is for zeroshot_{said}: its records have an image and {HAVE[said]}, and no {lacks}")
+        raise UserError(
+            f"{about} is for zeroshot_{said}: its records have an image and {HAVE[said]}, and no {lacks}; evaluate it "
+            f"with --task=zeroshot_{said}"
+        )
     return HAVE[said]
 
 
