@@ -134,7 +134,7 @@ def draw(path: Path, title: str, groups: Mapping[str, Sequence[Row]]) -> None:
             axes.plot([row.bar] * 2, [place - 0.42, place + 0.42], color="black", linewidth=2.4)
         axes.annotate(
             f"{row.ratio:.2f} × {row.fastest}",
-            (max(high, row.ratio, 1), place),
+            (max(high, row.ratio, row.bar or 1, 1), place),
             xytext=(6, 0),
             textcoords="offset points",
             va="center",
