@@ -1,7 +1,7 @@
 """What one step hands to the next: parameters and optimiser, created in their places on the mesh."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -101,12 +101,19 @@ def _moment_specs(moments: Any, params: Params, specs: Params) -> Any:
 
 def initial_state(definition: Definition, optimizer: optim.Optimizer, abstract: TrainState, seed: int) -> TrainState:
     """Returns a new state; every array is computed in pieces where it will live, and whole nowhere."""
+    return initialiser(definition, optimizer, abstract)(jax.random.key(seed))
+
+
+def initialiser(
+    definition: Definition, optimizer: optim.Optimizer, abstract: TrainState
+) -> Callable[[jax.Array], TrainState]:
+    """Returns the compiled function from a key to a new state."""
 
     def init(key: jax.Array) -> TrainState:
         return _new(definition.init(key), optimizer)
 
     places = jax.tree.map(lambda x: x.sharding, abstract)
-    return jax.jit(init, out_shardings=places, compiler_options=ONCE)(jax.random.key(seed))
+    return jax.jit(init, out_shardings=places, compiler_options=ONCE)
 
 
 def state_from(

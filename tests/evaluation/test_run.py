@@ -84,7 +84,7 @@ def test_a_run_that_was_cut_goes_on_with_what_is_not_done(tmp_path, monkeypatch,
 
     first, second = evaluation(), evaluation(RETRIEVAL)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run.pictures, "of", lambda *_: {"matches": cut} if _[1] == RETRIEVAL else {})
+        patch.setattr("clip_jax.evaluation.pictures.of", lambda *_: {"matches": cut} if _[1] == RETRIEVAL else {})
 
         def cut(_) -> None:
             raise Killed

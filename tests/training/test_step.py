@@ -15,7 +15,7 @@ from clip_jax.models.clip import LOGIT_SCALE_MAX, Definition, Weights, normalise
 from clip_jax.models.transformer import Compute
 from clip_jax.models.variants import VARIANTS
 from clip_jax.training import step as training_step
-from clip_jax.training.state import TrainState, abstract_state, initial_state
+from clip_jax.training.state import TrainState, abstract_state, initial_state, initialiser
 from clip_jax.training.step import make_train_step, norms
 from clip_jax.typing import Batch
 
@@ -58,7 +58,7 @@ def test_no_parameter_that_is_split_is_ever_whole_on_a_device():
     definition = Definition(ARCHITECTURE)
     optimizer = optim.make(CONFIG, definition.shapes().params, Steps(10, 1))
     abstract = abstract_state(definition, optimizer, sharding.make_mesh(MeshConfig(1, 8, 1)))
-    text = jax.jit(lambda: initial_state(definition, optimizer, abstract, seed=0)).lower().compile().as_text()
+    text = initialiser(definition, optimizer, abstract).lower(jax.random.key(0)).compile().as_text()
     made = {int(np.prod([int(n) for n in dims.split(",")])) for dims in re.findall(r"\bf32\[([\d,]+)\]", text)}
     split = [x for x in jax.tree.leaves(abstract.params) if not x.sharding.is_fully_replicated]
     whole, eighths = ({x.size // n for x in split} for n in (1, 8))
