@@ -48,6 +48,7 @@ def test_where_nothing_can_be_written_nothing_is_kept(told_nothing):
     assert jax.config.jax_compilation_cache_dir is None
 
 
+@pytest.mark.full
 def test_a_second_start_compiles_no_step(data_dir, tmp_path):
     environment = {name: value for name, value in os.environ.items() if "COMPILATION_CACHE" not in name}
     environment |= {"CLIP_JAX_CACHE": str(tmp_path / "kept"), "JAX_LOG_COMPILES": "1"}

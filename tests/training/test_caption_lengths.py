@@ -57,12 +57,9 @@ def trained(sizes: tuple[int, int, int], lengths: tuple[int, ...], parts: int) -
     return jax.device_get(state), said
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
-    ("sizes", "parts"),
-    [
-        ((1, 1, 1), 1),
-        *[pytest.param(sizes, parts, marks=pytest.mark.full) for sizes in ((2, 2, 2), (8, 1, 1)) for parts in (1, 2)],
-    ],
+    ("sizes", "parts"), [((1, 1, 1), 1), *[(sizes, parts) for sizes in ((2, 2, 2), (8, 1, 1)) for parts in (1, 2)]]
 )
 def test_losses_and_weights_are_those_of_the_whole_context(sizes, parts, x64):
     whole, expected = trained((1, 1, 1), (), 1)
